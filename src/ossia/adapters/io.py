@@ -1,0 +1,149 @@
+"""Adapters on disk, in PEFT's layout, so that stock PEFT loads ours and we load its.
+
+PEFT's `target_parameters` packs an expert projection as `lora_A` [E·r, in] (expert-major) and `lora_B` [out, r·E]
+(expert-minor), and nests the second projection around the first: gate_up under `experts.base_layer.`, down under
+`experts.`; a projection targeted alone is under `experts.` (peft 0.21, `ParamWrapper.get_delta_weight`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ossia.adapters.experts import ExpertsLora
+from ossia.adapters.files import CONFIG, WEIGHTS
+from ossia.adapters.inject import inject
+from ossia.adapters.targets import Targets
+from ossia.errors import OssiaError
+from ossia.model.experts import PROJECTIONS, Experts
+from ossia.model.folder import read_json
+
+_NEST = {"gate_up_proj": ".base_layer", "down_proj": ""}
+
+
+def save_adapter(model: PeftModel, folder: Path, base_model: str | None = None, adapter: str = "default") -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json`.
+
+    Args:
+        model: from `add_lora` or `load_adapter`.
+        folder: made where missing.
+        base_model: path or hub id written into the configuration; default: as it stands there.
+        adapter: PEFT's name of the adapter.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{WEIGHTS}.part"
+    save_file(adapter_tensors(model, adapter), part, metadata={"format": "pt"})
+    config = _config_on_disk(model, base_model, adapter)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(part, folder / WEIGHTS)
+
+
+def adapter_tensors(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:
+    """The adapter's tensors by their names on disk, on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertsLora):
+            for projection in PROJECTIONS:
+                a_EIR = getattr(module, f"lora_A_{projection}")[adapter].detach()
+                b_ERO = getattr(module, f"lora_B_{projection}")[adapter].detach()
+                prefix = f"{name}{_NEST[projection]}"
+                tensors[f"{prefix}.lora_A.weight"] = a_EIR.transpose(1, 2).reshape(-1, a_EIR.shape[1])
+                tensors[f"{prefix}.lora_B.weight"] = b_ERO.permute(2, 1, 0).reshape(b_ERO.shape[2], -1)
+        elif hasattr(module, "lora_A") and adapter in module.lora_A:
+            for side in ("lora_A", "lora_B"):
+                tensors[f"{name}.{side}.weight"] = getattr(module, side)[adapter].weight.detach()
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """Wrap `model` with an adapter from disk, ours or stock PEFT's.
+
+    Raises:
+        OssiaError: damaged files, or an adapter of another base (shapes named).
+    """
+    values = read_json(folder / CONFIG)
+    if values.get("peft_type") != "LORA":
+        raise OssiaError(f"{folder / CONFIG}: peft_type is {values.get('peft_type')!r}; only LORA adapters are read")
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise OssiaError(f"{folder / CONFIG}: not a LoRA configuration that peft reads ({error})") from error
+    config.inference_mode = not trainable
+    wrapped = inject(model, config, _targets_on_disk(model, values, folder))
+    load_adapter_tensors(wrapped, folder)
+    return wrapped.train(trainable)
+
+
+def load_adapter_tensors(model: PeftModel, folder: Path, adapter: str = "default") -> None:
+    """Fill the adapters of `model` from disk; OssiaError names what is missing, extra or misshapen."""
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise OssiaError(f"{folder / WEIGHTS}: damaged or cut short ({error})") from error
+    wanted = adapter_tensors(model, adapter)
+    if set(tensors) != set(wanted):
+        names = sorted(set(tensors) ^ set(wanted))
+        raise OssiaError(
+            f"{folder}: this adapter does not fit the model; {len(names)} tensors differ, first {names[0]}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise OssiaError(
+                f"{folder}: adapter of another base model; {name} is {tuple(tensor.shape)}, "
+                f"this model needs {tuple(wanted[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, ExpertsLora):
+                for projection in PROJECTIONS:
+                    prefix = f"{name}{_NEST[projection]}"
+                    a_EIR = getattr(module, f"lora_A_{projection}")[adapter]
+                    b_ERO = getattr(module, f"lora_B_{projection}")[adapter]
+                    count, _, rank = a_EIR.shape
+                    a_EIR.copy_(tensors[f"{prefix}.lora_A.weight"].view(count, rank, -1).transpose(1, 2))
+                    b_ERO.copy_(tensors[f"{prefix}.lora_B.weight"].view(-1, rank, count).permute(2, 1, 0))
+            elif hasattr(module, "lora_A") and adapter in module.lora_A:
+                for side in ("lora_A", "lora_B"):
+                    getattr(module, side)[adapter].weight.copy_(tensors[f"{name}.{side}.weight"])
+
+
+def _config_on_disk(model: PeftModel, base_model: str | None, adapter: str) -> dict[str, Any]:
+    targets: Targets = model.ossia_targets
+    values = model.peft_config[adapter].to_dict()
+    values["target_modules"] = targets.linear
+    values["target_parameters"] = targets.parameters or None
+    values["inference_mode"] = True
+    values["peft_type"], values["task_type"] = "LORA", "CAUSAL_LM"
+    if targets.parameters:
+        # PEFT refuses dropout beside target_parameters; it plays no part once training is over.
+        values["lora_dropout"] = 0.0
+    if base_model is not None:
+        values["base_model_name_or_path"] = base_model
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+
+
+def _targets_on_disk(model: PreTrainedModel, values: dict[str, Any], folder: Path) -> Targets:
+    names = values.get("target_parameters") or []
+    experts = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+    linear = values.get("target_modules") or []
+    if isinstance(linear, str):
+        raise OssiaError(f"{folder / CONFIG}: target_modules is the pattern {linear!r}; a list of names is needed")
+    layers = set()
+    for index, expert in enumerate(experts):
+        hit = [p for p in PROJECTIONS if any(f"{expert}.{p}" == n or f"{expert}.{p}".endswith(f".{n}") for n in names)]
+        if hit and len(hit) < len(PROJECTIONS):
+            raise OssiaError(f"{folder}: this adapter has only {hit[0]} of the experts; both projections are needed")
+        if hit:
+            layers.add(index)
+    if names and not layers:
+        raise OssiaError(f"{folder}: this adapter adapts {names[0]}, which the model does not have")
+    return Targets(list(linear), sorted(layers), bool(layers) and len(layers) == len(experts))

@@ -1,0 +1,87 @@
+"""Which modules an adapter reaches: from `--target_modules` and `--target_experts` to names, or an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ossia.errors import UsageError, nearest
+from ossia.model.experts import PROJECTIONS, Experts
+
+
+@dataclass(frozen=True)
+class Targets:
+    """`linear`: names of linear layers, as PEFT's `target_modules`; `layers`: layers whose experts are adapted."""
+
+    linear: list[str]
+    layers: list[int]
+    all_layers: bool = False
+
+    @property
+    def parameters(self) -> list[str]:
+        """PEFT's `target_parameters` for the experts."""
+        if self.all_layers:
+            return [f"mlp.experts.{name}" for name in PROJECTIONS]
+        return [f"layers.{layer}.mlp.experts.{name}" for layer in self.layers for name in PROJECTIONS]
+
+    @property
+    def modules(self) -> list[str]:
+        """Expert modules, in the form PEFT matches names with."""
+        return ["mlp.experts"] if self.all_layers else [f"layers.{layer}.mlp.experts" for layer in self.layers]
+
+
+def find_targets(model: nn.Module, target_modules: list[str], target_experts: str = "auto") -> Targets:
+    """Resolve flags against a model.
+
+    Args:
+        model: the model without adapters.
+        target_modules: `all-linear` (every linear layer but the head), `none`, or endings of names.
+        target_experts: `auto` (all where the model has gpt-oss experts), `all`, `none`, or layers: `7,15,23`.
+
+    Raises:
+        UsageError: a target that matches nothing, with near misses.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    experts = {_layer(name): name for name, module in model.named_modules() if isinstance(module, Experts)}
+    layers = _expert_layers(sorted(experts), target_experts)
+    targets = Targets(_linear_targets(linear, target_modules), layers, bool(layers) and len(layers) == len(experts))
+    if not targets.linear and not targets.layers:
+        raise UsageError("nothing to train: --target_modules and --target_experts are both none")
+    return targets
+
+
+def _linear_targets(names: list[str], wanted: list[str]) -> list[str]:
+    endings = sorted({name.rpartition(".")[2] for name in names})
+    if wanted == ["none"]:
+        return []
+    if wanted == ["all-linear"]:
+        return endings
+    for word in wanted:
+        if not any(name == word or name.endswith(f".{word}") for name in names):
+            raise UsageError(
+                f"--target_modules {word}: no linear layer of this model ends so{nearest(word, endings)} "
+                f"(linear layers: {', '.join(endings)}; experts are chosen with --target_experts)"
+            )
+    return list(wanted)
+
+
+def _expert_layers(layers: list[int], wanted: str) -> list[int]:
+    if wanted == "none" or (wanted == "auto" and not layers):
+        return []
+    if not layers:
+        raise UsageError(f"--target_experts {wanted}: this model has no gpt-oss experts; use --target_experts none")
+    if wanted in ("auto", "all"):
+        return layers
+    chosen = sorted({int(part) for part in wanted.split(",")})
+    unknown = [layer for layer in chosen if layer not in layers]
+    if unknown:
+        raise UsageError(
+            f"--target_experts {wanted}: no layer {unknown[0]}; this model's layers are {layers[0]} to {layers[-1]}"
+        )
+    return chosen
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".layers.")[1].split(".")[0])

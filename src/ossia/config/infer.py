@@ -1,0 +1,50 @@
+"""Options of `ossia infer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ossia.config.base import Config, opt
+from ossia.config.parts import MODEL_TITLES, ModelOptions, TemplateOptions
+from ossia.errors import UsageError
+
+
+@dataclass
+class InferConfig(TemplateOptions, ModelOptions, Config):
+    """Talk to a model, or answer the rows of a file."""
+
+    group_titles: ClassVar[dict[str, str]] = {
+        **MODEL_TITLES,
+        "template": "template",
+        "generate": "generation",
+        "batch": "rows of a file",
+        "run": "run",
+    }
+
+    adapters: str | None = opt(
+        None, "checkpoint folder of a LoRA run; its base model is found by itself", group="model"
+    )
+
+    stream: bool = opt(True, "print the reply as it comes", group="generate")
+    temperature: float = opt(1.0, "0: always the likeliest token", group="generate")
+    top_p: float = opt(1.0, "share of probability that sampling draws from", group="generate")
+    max_new_tokens: int = opt(2048, "tokens a reply may have", group="generate")
+    seed: int = opt(42, "seed of sampling", group="generate")
+
+    val_dataset: list[str] = opt([], "answer these rows instead of a conversation", group="batch")
+    result_path: str | None = opt(None, "JSONL file for the answers", group="batch")
+    max_batch_size: int = opt(8, "rows answered at a time", group="batch")
+
+    def validate(self) -> None:
+        if self.temperature < 0:
+            raise UsageError(f"--temperature is {self.temperature}; it must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top_p is {self.top_p}; it must be in (0, 1]")
+        for name in ("max_new_tokens", "max_batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.model is None and self.adapters is None:
+            raise UsageError("give --model DIR, or --adapters RUN/checkpoint-N")
+        if self.result_path and not self.val_dataset:
+            raise UsageError("--result_path goes with --val_dataset FILE")

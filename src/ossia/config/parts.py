@@ -1,0 +1,89 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ossia.config.base import opt
+from ossia.errors import UsageError
+
+MODEL_TITLES = {"model": "model"}
+DATA_TITLES = {"data": "data", "template": "template and loss weights"}
+
+
+@dataclass
+class ModelOptions:
+    """Which model, and how it is held."""
+
+    model: str | None = opt(None, "folder or hub id of the base model", group="model")
+    torch_dtype: str = opt(
+        "auto",
+        "computing type; auto: bfloat16 on a GPU, float32 on a CPU",
+        group="model",
+        choices=["auto", "bfloat16", "float32"],
+    )
+    device: str = opt("auto", "auto takes a GPU where there is one", group="model", choices=["auto", "cuda", "cpu"])
+    experts: str = opt(
+        "auto",
+        "how MXFP4 experts are held; auto: mxfp4 on a GPU, dequantized on a CPU with room for it",
+        group="model",
+        choices=["auto", "mxfp4", "dequantized"],
+    )
+    attn_impl: str = opt(
+        "auto",
+        "attention; auto: flex_attention on a GPU, eager on a CPU",
+        group="model",
+        choices=["auto", "eager", "flex_attention"],
+    )
+
+
+@dataclass
+class TemplateOptions:
+    """How messages become tokens, and which tokens carry loss."""
+
+    template: str = opt(
+        "auto",
+        "chat format; auto: harmony for gpt-oss, else the tokenizer's own",
+        group="template",
+        choices=["auto", "harmony", "generic"],
+    )
+    system: str | None = opt(None, "instructions for conversations that have none", group="template")
+    reasoning_effort: str = opt(
+        "medium",
+        "effort written in harmony's system block",
+        group="template",
+        choices=["low", "medium", "high"],
+    )
+    model_identity: str | None = opt(None, "first line of harmony's system block", group="template")
+    current_date: str | None = opt(None, "date in harmony's system block, YYYY-MM-DD; default: none", group="template")
+    loss_scale: str = opt(
+        "default",
+        "default, last_round or all, with + ignore_empty_think, reasoning:0.3, final_only",
+        group="template",
+    )
+
+
+@dataclass
+class DataOptions:
+    """Where rows come from and what is done with long or bad ones."""
+
+    dataset: list[str] = opt([], "JSON or JSONL files, or folders of them", group="data")
+    max_length: int = opt(4096, "tokens a row may have", group="data")
+    truncation: str = opt(
+        "delete",
+        "rows over --max_length: drop and count them, or stop",
+        group="data",
+        choices=["delete", "error"],
+    )
+    on_bad_row: str = opt(
+        "error",
+        "a row that cannot be read: stop, or skip and count it",
+        group="data",
+        choices=["error", "skip"],
+    )
+    model_name: list[str] = opt([], "fills {{NAME}} in rows; two values: for Chinese rows, for others", group="data")
+    model_author: list[str] = opt([], "fills {{AUTHOR}} in rows; likewise", group="data")
+
+    def validate_data(self) -> None:
+        if self.max_length < 1:
+            raise UsageError(f"--max_length is {self.max_length}; it must be at least 1 token")

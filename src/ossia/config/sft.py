@@ -1,0 +1,147 @@
+"""Options of `ossia sft`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ossia.config.base import Config, opt
+from ossia.config.parts import DATA_TITLES, MODEL_TITLES, DataOptions, ModelOptions, TemplateOptions
+from ossia.errors import UsageError
+
+
+@dataclass
+class SftConfig(DataOptions, TemplateOptions, ModelOptions, Config):
+    """Supervised fine-tuning with LoRA."""
+
+    group_titles: ClassVar[dict[str, str]] = {
+        **MODEL_TITLES,
+        **DATA_TITLES,
+        "lora": "LoRA",
+        "train": "training",
+        "eval": "logging, evaluation, checkpoints",
+        "track": "output and tracking",
+        "compat": "accepted from other tools (each says in one line what it means here)",
+        "run": "run",
+    }
+
+    val_dataset: list[str] = opt([], "rows held out for evaluation; same forms as --dataset", group="data")
+    split_dataset_ratio: float = opt(0.0, "share of --dataset held out when --val_dataset is not given", group="data")
+
+    train_type: str = opt("lora", "what is trained", group="lora", choices=["lora"])
+    lora_rank: int = opt(8, "rank r of every adapter", group="lora")
+    lora_alpha: float = opt(32.0, "adapters are scaled by alpha / r", group="lora")
+    lora_dropout: float = opt(0.0, "share of adapter inputs zeroed while training", group="lora")
+    use_rslora: bool = opt(False, "scale by alpha / sqrt(r) instead", group="lora")
+    target_modules: list[str] = opt(
+        ["all-linear"], "linear layers to adapt, by name ending (q_proj …), or all-linear", group="lora"
+    )
+    target_experts: str = opt(
+        "auto",
+        "expert weights to adapt: all, none, or layers such as 7,15,23; auto: all for gpt-oss",
+        group="lora",
+    )
+
+    num_train_epochs: float = opt(1.0, "passes over the data", group="train")
+    max_steps: int = opt(-1, "stop after this many optimizer steps; -1: --num_train_epochs decides", group="train")
+    per_device_train_batch_size: int = opt(1, "rows per device and forward pass", group="train")
+    gradient_accumulation_steps: int = opt(1, "forward passes per optimizer step", group="train")
+    learning_rate: float = opt(1e-4, "peak learning rate", group="train")
+    lr_scheduler_type: str = opt(
+        "cosine", "schedule, by transformers' name (cosine_with_min_lr, linear …)", group="train"
+    )
+    lr_scheduler_kwargs: dict = opt({}, "more for the schedule, such as '{\"min_lr_rate\": 0.1}'", group="train")
+    warmup_ratio: float = opt(0.05, "share of the optimizer steps spent warming up", group="train")
+    warmup_steps: int = opt(0, "optimizer steps of warm-up; wins over --warmup_ratio", group="train")
+    weight_decay: float = opt(0.0, "AdamW weight decay", group="train")
+    adam_beta1: float = opt(0.9, "AdamW beta 1", group="train")
+    adam_beta2: float = opt(0.999, "AdamW beta 2", group="train")
+    adam_epsilon: float = opt(1e-8, "AdamW epsilon", group="train")
+    max_grad_norm: float = opt(1.0, "gradients are clipped to this norm", group="train")
+    optim: str = opt("adamw_torch", "optimizer, by transformers' name", group="train")
+    gradient_checkpointing: bool = opt(True, "recompute layers in backward to save memory", group="train")
+    dataloader_num_workers: int = opt(0, "processes that assemble batches", group="train")
+    seed: int = opt(42, "seed of data order, adapter weights and dropout", group="train")
+
+    logging_steps: int = opt(5, "optimizer steps between log lines", group="eval")
+    per_device_eval_batch_size: int = opt(1, "rows per device in evaluation", group="eval")
+    eval_strategy: str | None = opt(
+        None,
+        "when to evaluate; default: by steps where there is held-out data",
+        group="eval",
+        choices=["no", "steps", "epoch"],
+    )
+    eval_steps: int = opt(50, "optimizer steps between evaluations", group="eval")
+    eval_on_start: bool = opt(False, "evaluate once before training", group="eval")
+    save_strategy: str = opt("steps", "when to save a checkpoint", group="eval", choices=["no", "steps", "epoch"])
+    save_steps: int = opt(50, "optimizer steps between checkpoints", group="eval")
+    save_total_limit: int | None = opt(None, "checkpoints kept; the best one is never deleted", group="eval")
+    resume_from_checkpoint: str | None = opt(None, "checkpoint-N folder to go on from", group="eval")
+
+    output_dir: str = opt("output", "parent of the run's folder", group="track")
+    add_version: bool = opt(True, "make output_dir/vN-<time>/; false: write into output_dir itself", group="track")
+    report_to: list[str] = opt(["none"], "trackers besides metrics.jsonl: swanlab", group="track")
+    swanlab_project: str = opt("ossia", "SwanLab project", group="track")
+    swanlab_workspace: str | None = opt(None, "SwanLab workspace (cloud)", group="track")
+    swanlab_exp_name: str | None = opt(None, "SwanLab experiment name; default: the run folder's name", group="track")
+    swanlab_mode: str | None = opt(
+        None,
+        "default: cloud when SWANLAB_API_KEY is set, else local",
+        group="track",
+        choices=["local", "cloud", "offline"],
+    )
+
+    deepspeed: str | None = opt(None, "zero2, zero3 …: sharding of base weights", group="compat")
+    use_liger_kernel: bool = opt(False, "fused loss and norms", group="compat")
+    load_from_cache_file: bool = opt(True, "reuse tokenised data", group="compat")
+    bf16: bool | None = opt(None, "same as --torch_dtype bfloat16", group="compat")
+    fp16: bool | None = opt(None, "refused: gpt-oss overflows in fp16", group="compat")
+
+    dry_run: bool = opt(False, "check everything, print the resolved options, train nothing")
+
+    def validate(self) -> None:
+        self.validate_data()
+        for name in (
+            "lora_rank",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.split_dataset_ratio < 1:
+            raise UsageError(f"--split_dataset_ratio is {self.split_dataset_ratio}; it must be in [0, 1)")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"--lora_dropout is {self.lora_dropout}; it must be in [0, 1)")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise UsageError("nothing to train: give --num_train_epochs or --max_steps above 0")
+        if self.learning_rate <= 0:
+            raise UsageError(f"--learning_rate is {self.learning_rate}; it must be above 0")
+        if self.fp16:
+            raise UsageError("--fp16: gpt-oss overflows in fp16; use --torch_dtype bfloat16")
+        if self.bf16:
+            self.torch_dtype, self.bf16 = "bfloat16", None
+        experts = self.target_experts
+        if experts not in ("auto", "all", "none") and not all(part.strip().isdigit() for part in experts.split(",")):
+            raise UsageError(f"--target_experts got {experts!r}; it takes all, none or layer numbers such as 7,15,23")
+
+    def notes(self, processes: int = 1) -> list[str]:
+        """One line for each flag given that means something else here than where it comes from."""
+        notes = []
+        if self.use_liger_kernel:
+            notes.append(
+                "--use_liger_kernel: not needed, the loss is chunked here and logits are never whole in memory"
+            )
+        if self.deepspeed and processes == 1:
+            notes.append(f"--deepspeed {self.deepspeed}: one process has nothing to shard; going on without it")
+        elif self.deepspeed:
+            notes.append(
+                f"--deepspeed {self.deepspeed}: not used; only adapters have gradients and optimizer states, "
+                f"so {processes} processes train data-parallel (DDP)"
+            )
+        if not self.load_from_cache_file:
+            notes.append("--load_from_cache_file false: nothing is cached, data is always read anew")
+        return notes

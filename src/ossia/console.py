@@ -1,0 +1,78 @@
+"""What the product prints: lines, progress with rate and time left, and nothing from ranks other than 0."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[float], None]
+
+
+def is_main_process() -> bool:
+    """True in rank 0 and in a run of one process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str = "") -> None:
+    """Print one line, from the main process only."""
+    if is_main_process():
+        print(line, flush=True)
+
+
+@contextmanager
+def progress(label: str, total: float, unit: str) -> Iterator[Advance]:
+    """A bar on a terminal; elsewhere a plain line every ten seconds. Yields `advance(amount)`."""
+    if not is_main_process():
+        yield lambda amount: None
+    elif sys.stderr.isatty():
+        with _bar(label, total, unit) as advance:
+            yield advance
+    else:
+        yield _Lines(label, total, unit).advance
+
+
+@contextmanager
+def _bar(label: str, total: float, unit: str) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total, rate="")
+        started = time.monotonic()
+
+        def advance(amount: float) -> None:
+            bar.advance(task, amount)
+            rate = bar.tasks[0].completed / max(time.monotonic() - started, 1e-9)
+            bar.update(task, rate=f"{rate:.1f} {unit}/s")
+
+        yield advance
+
+
+class _Lines:
+    """Progress where there is no terminal: one line every ten seconds."""
+
+    def __init__(self, label: str, total: float, unit: str) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0.0
+        self.started = self.said = time.monotonic()
+
+    def advance(self, amount: float) -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now - self.said < 10:
+            return
+        self.said = now
+        rate = self.done / (now - self.started)
+        left = (self.total - self.done) / rate if rate else float("inf")
+        say(f"{self.label}: {self.done:g} of {self.total:g} {self.unit}, {rate:.1f}/s, {left:.0f} s left")

@@ -1,0 +1,1 @@
+"""Rows: files, formats, tokens, batches, and what to show of them."""

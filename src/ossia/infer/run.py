@@ -1,0 +1,76 @@
+"""`ossia infer`: loads a model and its adapter, then converses or answers a file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ossia.adapters.files import base_model_of, check_adapter
+from ossia.config import InferConfig, SftConfig
+from ossia.config.base import read_yaml
+from ossia.config.parts import TemplateOptions
+from ossia.console import say
+from ossia.data.sources import find_files
+from ossia.errors import UsageError
+from ossia.model.folder import resolve_model
+from ossia.model.tokenizer import load_tokenizer
+from ossia.template.options import template_from
+from ossia.train.folder import CONFIG, run_of
+
+
+def run(config: InferConfig) -> None:
+    """Check, load, answer."""
+    find_files(config.val_dataset, "--val_dataset")
+    if config.val_dataset and not config.result_path:
+        raise UsageError("--val_dataset needs --result_path FILE.jsonl for the answers")
+    engine = load_engine(config)
+    if config.val_dataset:
+        from ossia.infer.batch import answer_file
+
+        answer_file(engine, config)
+    else:
+        from ossia.infer.chat import chat
+
+        chat(engine, config)
+
+
+def load_engine(config: InferConfig) -> Any:
+    """The engine that the options ask for; everything wrong with names and files is said before weights load."""
+    adapter = check_adapter(config.adapters) if config.adapters else None
+    if adapter:
+        _settings_of_run(config, adapter)
+    folder = resolve_model(config.model or base_model_of(adapter))  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(folder)
+    template = template_from(tokenizer, config)
+
+    from transformers import set_seed
+    from transformers.utils import logging
+
+    from ossia.adapters.io import load_adapter
+    from ossia.infer.engine import Engine
+    from ossia.model.load import load_model
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    set_seed(config.seed)
+    # Decoding one token at a time gains nothing from flex_attention and would compile it for every length.
+    attention = "eager" if config.attn_impl == "auto" else config.attn_impl
+    model: Any = load_model(
+        folder, torch_dtype=config.torch_dtype, device=config.device, experts=config.experts, attn_impl=attention
+    )
+    if adapter:
+        model = load_adapter(model, adapter)
+    say(f"model: {folder}" + (f" with {adapter}" if adapter else ""))
+    return Engine(model, template)
+
+
+def _settings_of_run(config: InferConfig, adapter: Path) -> None:
+    """Take template options from the adapter's run where none was given here."""
+    parent = run_of(adapter)
+    if parent is None:
+        return
+    trained = SftConfig.from_dict(read_yaml(str(parent / CONFIG)), origin=str(parent / CONFIG))
+    for field in dataclasses.fields(TemplateOptions):
+        if getattr(config, field.name) == field.default:
+            setattr(config, field.name, getattr(trained, field.name))

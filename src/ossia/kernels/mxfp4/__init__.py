@@ -1,0 +1,19 @@
+"""MXFP4 weights: 4-bit floats in blocks of 32 that share one power-of-two scale (OCP MX specification 1.0).
+
+Contract, the same for every implementation in this folder:
+
+`blocks` uint8 [..., rows, cols/32, 16] and `scales` uint8 [..., rows, cols/32] stand for a weight
+[..., rows, cols]; this is how openai/gpt-oss stores its experts. A byte holds two E2M1 codes: the low nibble is the
+even column, the high nibble the odd one. A code is sign, two exponent bits, one mantissa bit: 0, 0.5, 1, 1.5, 2, 3,
+4, 6 and their negatives. A scale byte s is E8M0: 2^(s - 127) for s in 0..254, NaN for 255.
+
+- `dequantize(blocks, scales, dtype, out)` is exact in bfloat16 and float32, apart from overflow to infinity where
+  scale * code passes the dtype's range; other dtypes are rounded from float32.
+- `quantize(weight)` takes the scale floor(log2(max |block|)) - 2, clamped to the range of E8M0, and rounds each
+  value to the nearest code, ties to the even mantissa; values above 6 * scale become 6 * scale. A block of zeros
+  gets scale byte 0. `quantize(dequantize(*quantize(w)))` equals `quantize(w)` byte for byte.
+"""
+
+from ossia.kernels.mxfp4.reference import BLOCK, dequantize, quantize
+
+__all__ = ["BLOCK", "dequantize", "quantize"]

@@ -1,0 +1,87 @@
+"""transformers' gpt-oss with our experts, a float32 router and a loss that never makes whole logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GptOssConfig, GptOssForCausalLM
+from transformers.utils import ModelOutput
+
+from ossia.kernels.linear_cross_entropy import linear_cross_entropy
+from ossia.model.experts import Experts
+
+
+@dataclass
+class LossOutput(ModelOutput):
+    """Sums over the batch's trained positions, float32 scalars: divide `loss` by a weight to get a mean."""
+
+    loss: Tensor | None = None
+    correct: Tensor | None = None
+
+
+class Router(nn.Module):
+    """Chooses each token's experts: the highest logits, weighted by a softmax over those alone. Always float32."""
+
+    def __init__(self, config: GptOssConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        shape = (config.num_local_experts, config.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(shape[0], dtype=torch.float32), requires_grad=False)
+
+    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts' numbers and weights, [T, K] each."""
+        with torch.autocast(hidden_TH.device.type, enabled=False):
+            logits_TE = F.linear(hidden_TH.float(), self.weight.float(), self.bias.float())
+        top_TK, index_TK = logits_TE.topk(self.top_k, dim=-1)
+        return index_TK, top_TK.softmax(-1)
+
+
+class MoE(nn.Module):
+    """Router and experts of a layer."""
+
+    def __init__(self, config: GptOssConfig, quantized: bool) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config, quantized)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, H] → [B, S, H] and the experts' weights [B·S, K]."""
+        flat_TH = hidden.reshape(-1, hidden.shape[-1])
+        index_TK, weight_TK = self.router(flat_TH)
+        return self.experts(flat_TH, index_TK, weight_TK).view_as(hidden), weight_TK
+
+
+class OssiaGptOssForCausalLM(GptOssForCausalLM):
+    """gpt-oss as transformers knows it (generation, caches, checkpoint names) on our experts.
+
+    With `loss_weights` the forward returns a `LossOutput` instead of logits.
+    """
+
+    def __init__(self, config: GptOssConfig, quantized: bool = False) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = MoE(config, quantized)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' forward; or, with `labels` [B, S] and `loss_weights` [B, S], the summed loss."""
+        if loss_weights is None or labels is None:
+            return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+        hidden = self.model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+        return LossOutput(*shifted_loss(hidden, self.lm_head.weight, labels, loss_weights))
+
+
+def shifted_loss(hidden: Tensor, head_VH: Tensor, labels: Tensor, loss_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss and right guesses where position t predicts label t+1. hidden [B, S, H], the others [B, S]."""
+    flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    return linear_cross_entropy(flat, head_VH.to(flat.dtype), labels[:, 1:].flatten(), loss_weights[:, 1:].flatten())

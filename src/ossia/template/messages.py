@@ -1,0 +1,69 @@
+"""The one form that every data format becomes and every template renders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(slots=True)
+class ToolCall:
+    """One call: `arguments` is the JSON text as the model writes it."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(slots=True)
+class Message:
+    """One turn of a conversation.
+
+    `thinking` is the reasoning before `content` (harmony's analysis channel), `tool_calls` the calls after it.
+    `name` of a tool message is the function that answers. `loss` overrides the loss weight of the whole message.
+    """
+
+    role: Role
+    content: str = ""
+    thinking: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    loss: float | None = None
+
+
+@dataclass(slots=True)
+class Conversation:
+    """A row: its messages, the tools declared to it, and where it came from (`file:line`) for messages to people."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    reasoning_effort: str | None = None
+    source: str = ""
+
+
+@dataclass(slots=True)
+class Rendered:
+    """A conversation as tokens; the four lists have one length.
+
+    `labels[i]` is what the model should say at position i (the usual shift by one happens in the loss). It is
+    `input_ids[i]` except where history ends an answer with another token than generation does (see `harmony`).
+    `loss_weights[i]` is the weight of that label in the loss, 0.0 where nothing is trained. `channels[i]` is
+    `analysis`, `commentary` or `final` inside an assistant's message, else `""`.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    loss_weights: list[float]
+    channels: list[str]
+
+
+@dataclass(slots=True)
+class Reply:
+    """What a model answered, taken apart. `finished` is False when generation stopped at the length limit."""
+
+    content: str
+    thinking: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    finished: bool = True

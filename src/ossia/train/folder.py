@@ -1,0 +1,43 @@
+"""The run's folder: resolved options, metrics, checkpoints, `last` and `best`."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+from ossia.errors import UsageError
+
+CONFIG = "config.yaml"
+
+
+def new_run_folder(output_dir: str, add_version: bool) -> Path:
+    """Make and return `output_dir/vN-<time>/`, or `output_dir` itself where no version is wanted."""
+    parent = Path(output_dir).expanduser().resolve()
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if not add_version:
+            return parent
+        numbers = [int(m[1]) for path in parent.iterdir() if (m := re.match(r"v(\d+)-", path.name))]
+        folder = parent / f"v{max(numbers, default=-1) + 1}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder.mkdir()
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from error
+    return folder
+
+
+def point(run: Path, name: str, target: str | None) -> None:
+    """Make the link `run/name` → the checkpoint folder `target`, in one step."""
+    if target is None or not Path(target).is_dir():
+        return
+    link, part = run / name, run / f".{name}.part"
+    part.unlink(missing_ok=True)
+    part.symlink_to(os.path.relpath(target, run), target_is_directory=True)
+    os.replace(part, link)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint belongs to, if its options are there."""
+    parent = checkpoint.parent
+    return parent if (parent / CONFIG).is_file() else None

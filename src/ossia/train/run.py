@@ -1,0 +1,271 @@
+"""`ossia sft`: checks, data, model, adapters, training, in this order."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ossia.config import SftConfig
+from ossia.console import say
+from ossia.data.prepare import TokenRow, prepare, split
+from ossia.data.sources import find_files
+from ossia.errors import OssiaError, UsageError
+from ossia.model.folder import resolve_model
+from ossia.model.tokenizer import load_tokenizer
+from ossia.template.options import template_from
+from ossia.train.folder import CONFIG, new_run_folder
+from ossia.train.launch import launch, processes_wanted
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from ossia.train.trainer import SftTrainer
+
+
+@dataclass(frozen=True)
+class SftResult:
+    """Where the run is, its last checkpoint (None where none was saved) and its last metrics."""
+
+    run_dir: Path
+    checkpoint: Path | None
+    metrics: dict[str, float]
+
+
+def run(config: SftConfig) -> SftResult | None:
+    """Fine-tune; None after `--dry_run` and in the process that only starts others.
+
+    Raises:
+        UsageError, OssiaError: before any model loads where that is possible.
+    """
+    _check(config)
+    processes = processes_wanted()
+    for note in config.notes(int(os.environ.get("WORLD_SIZE", processes))) if "RANK" not in os.environ else []:
+        say(note)
+    if processes > 1 and not config.dry_run:
+        say(f"starting {processes} processes")
+        launch(processes)
+        return None
+    folder = resolve_model(str(config.model))
+    config.model = str(folder)
+    tokenizer = load_tokenizer(folder)
+    template = template_from(tokenizer, config)
+    rows, held = _data(config, template)
+    if config.dry_run:
+        _print_config(config)
+        return None
+    return _train(config, tokenizer, template, rows, held)
+
+
+def _check(config: SftConfig) -> None:
+    """What can be known to be wrong from the flags and the files' names."""
+    if config.model is None:
+        raise UsageError("give --model DIR, or a hub id such as openai/gpt-oss-20b")
+    if not config.dataset:
+        raise UsageError("give --dataset FILE")
+    find_files(config.dataset)
+    find_files(config.val_dataset, "--val_dataset")
+    if config.resume_from_checkpoint and not (Path(config.resume_from_checkpoint) / "trainer_state.json").is_file():
+        raise UsageError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: no trainer_state.json there")
+    from ossia.track import check_names
+
+    check_names(config.report_to)
+
+
+def _data(config: SftConfig, template: Any) -> tuple[list[TokenRow], list[TokenRow]]:
+    rows = prepare(config.dataset, template, config, "training data")
+    if config.val_dataset:
+        return rows, prepare(config.val_dataset, template, config, "held-out data", "--val_dataset")
+    if config.split_dataset_ratio > 0:
+        rows, held = split(rows, config.split_dataset_ratio, config.seed)
+        say(f"held out: {len(held):,} rows, {len(rows):,} left to train on")
+        return rows, held
+    return rows, []
+
+
+def _train(config: SftConfig, tokenizer: Any, template: Any, rows: list[TokenRow], held: list[TokenRow]) -> SftResult:
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+    from transformers import set_seed
+    from transformers.utils import logging
+
+    from ossia.adapters.inject import add_lora, base_parameters, coverage_lines
+    from ossia.model.load import load_model, pick_device, pick_dtype
+    from ossia.track import make_trackers
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.torch_dtype, device)
+    state = PartialState(cpu=device.type == "cpu")
+    set_seed(config.seed)
+    model = load_model(
+        str(config.model),
+        torch_dtype=config.torch_dtype,
+        device=config.device,
+        experts=config.experts,
+        attn_impl=config.attn_impl,
+    )
+    say(f"model: {config.model} ({type(model).__name__}, {str(dtype)[6:]} on {device}, {template.name} template)")
+    total = base_parameters(model)
+    wrapped = add_lora(
+        model,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        target_modules=config.target_modules,
+        target_experts=config.target_experts,
+    )
+    for line in coverage_lines(wrapped, total):
+        say(line)
+    made = [str(new_run_folder(config.output_dir, config.add_version)) if state.is_main_process else ""]
+    run_dir = Path(broadcast_object_list(made)[0])
+    if state.is_main_process:
+        config.save(run_dir / CONFIG)
+    trackers = make_trackers(
+        config.report_to if state.is_main_process else None,
+        run_dir=run_dir,
+        config=config.to_dict(),
+        environment=_environment(device),
+        project=config.swanlab_project,
+        name=config.swanlab_exp_name or run_dir.name,
+        swanlab_mode=config.swanlab_mode,
+        swanlab_workspace=config.swanlab_workspace,
+        say=say,
+    )
+    trainer = _trainer(config, wrapped, tokenizer, template, rows, held, run_dir, trackers, dtype)
+    say(f"run: {run_dir}")
+    status = "failed"
+    try:
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except torch.OutOfMemoryError as error:
+        raise OssiaError(_out_of_memory(config, error)) from error
+    finally:
+        trackers.finish(status)
+    return _result(config, trainer, run_dir)
+
+
+def _trainer(
+    config: SftConfig,
+    model: Any,
+    tokenizer: Any,
+    template: Any,
+    rows: list[TokenRow],
+    held: list[TokenRow],
+    run_dir: Path,
+    trackers: Any,
+    dtype: Any,
+) -> SftTrainer:
+    import torch
+    from transformers import PrinterCallback
+
+    from ossia.data.collate import Collator
+    from ossia.train.callbacks import LinesCallback, LinkCallback, TrackCallback
+    from ossia.train.trainer import SftTrainer
+
+    trainer = SftTrainer(
+        model,
+        base_model=str(config.model),
+        args=training_arguments(config, run_dir, bool(held), bf16=dtype == torch.bfloat16),
+        train_dataset=rows,
+        eval_dataset=held or None,
+        data_collator=Collator(template.pad_id),
+        tokenizer=tokenizer,
+        callbacks=[LinesCallback(), TrackCallback(trackers), LinkCallback(run_dir)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def training_arguments(config: SftConfig, run_dir: Path, has_eval: bool, bf16: bool) -> TrainingArguments:
+    """transformers' arguments for a run."""
+    from transformers import TrainingArguments
+
+    same = (
+        "num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+        "learning_rate lr_scheduler_type weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim seed "
+        "gradient_checkpointing dataloader_num_workers logging_steps eval_steps save_strategy save_steps "
+        "save_total_limit eval_on_start"
+    )
+    try:
+        return TrainingArguments(
+            output_dir=str(run_dir),
+            **{name: getattr(config, name) for name in same.split()},
+            eval_strategy=config.eval_strategy or ("steps" if has_eval else "no"),
+            warmup_steps=config.warmup_steps or config.warmup_ratio,
+            lr_scheduler_kwargs=config.lr_scheduler_kwargs or None,
+            bf16=bf16,
+            use_cpu=config.device == "cpu",
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            metric_for_best_model="eval_loss" if has_eval else None,
+            greater_is_better=False if has_eval else None,
+            logging_nan_inf_filter=False,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            report_to="none",
+            disable_tqdm=True,
+            ddp_find_unused_parameters=False,
+            ddp_broadcast_buffers=False,
+        )
+    except ValueError as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def _result(config: SftConfig, trainer: SftTrainer, run_dir: Path) -> SftResult:
+    history = trainer.state.log_history
+    metrics = {key: value for entry in history for key, value in entry.items() if isinstance(value, int | float)}
+    last = run_dir / "last"
+    checkpoint = last.resolve() if last.is_dir() else None
+    if not math.isfinite(metrics.get("loss", 0.0)):
+        raise OssiaError(f"the loss is {metrics['loss']}: lower --learning_rate; metrics are in {run_dir}")
+    if checkpoint:
+        say(f"adapter: {checkpoint}")
+        say(f"talk to it:  ossia infer --adapters {checkpoint}")
+        say(f"merge it:    ossia export --adapters {checkpoint} --merge_lora true")
+    else:
+        say("no checkpoint was saved (--save_strategy no)")
+    return SftResult(run_dir, checkpoint, metrics)
+
+
+def _environment(device: Any) -> dict[str, Any]:
+    import peft
+    import torch
+    import transformers
+
+    import ossia
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "ossia": ossia.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "python": platform.python_version(),
+        "device": gpu or f"CPU, {torch.get_num_threads()} threads",
+    }
+
+
+def _print_config(config: SftConfig) -> None:
+    import yaml
+
+    say(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True).rstrip())
+
+
+def _out_of_memory(config: SftConfig, error: Exception) -> str:
+    first = " ".join(str(error).split())[:200]
+    fix = [
+        f"--per_device_train_batch_size (now {config.per_device_train_batch_size})",
+        f"--max_length (now {config.max_length})",
+        f"--lora_rank (now {config.lora_rank})",
+    ]
+    more = "" if config.gradient_checkpointing else ", or turn on --gradient_checkpointing true"
+    return f"out of GPU memory ({first}). Lower {', '.join(fix)}{more}"

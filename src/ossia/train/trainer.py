@@ -1,0 +1,160 @@
+"""transformers' Trainer with weighted token losses, exact means, adapter checkpoints and rates."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ossia.adapters.io import load_adapter_tensors, save_adapter
+from ossia.model.gpt_oss import LossOutput, OssiaGptOssForCausalLM
+from ossia.model.loss import loss_from_logits
+
+
+class SftTrainer(Trainer):
+    """The one training loop.
+
+    A batch has `input_ids`, `labels`, `attention_mask` and `loss_weights`, [B, S] each. The loss of an optimizer
+    step is the weighted sum over all its tokens, on all processes, divided by the sum of their weights: the same
+    whether they come as 1×8 or 8×1. `token_accuracy` counts positions of weight above 0.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model: PeftModel, *, base_model: str, tokenizer: Any, **kwargs: Any) -> None:
+        super().__init__(model=model, **kwargs)
+        self.tokenizer = tokenizer
+        self.base_model = base_model
+        # The Trainer would divide once more by the accumulation steps if it believed the loss a mean per batch.
+        self.model_accepts_loss_kwargs = True
+        self._ours = isinstance(model.get_base_model(), OssiaGptOssForCausalLM)
+        self._window = _Window()
+        self._eval = _Sums()
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        total = torch.stack([batch["loss_weights"][:, 1:].sum() for batch in batch_samples]).sum().to(device)
+        if self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Weighted sum divided by the step's weight, times the processes that will average it."""
+        sums = self._sums(model, inputs)
+        assert sums.loss is not None
+        weight = inputs["loss_weights"][:, 1:]
+        total = weight.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = sums.loss / total * self.args.world_size
+        if model.training:
+            self._window.add(sums, weight, inputs["attention_mask"])
+        return (loss, sums) if return_outputs else loss
+
+    def _sums(self, model: nn.Module, inputs: dict[str, Tensor]) -> LossOutput:
+        if self._ours:
+            return model(**inputs)
+        rest = {name: value for name, value in inputs.items() if name not in ("labels", "loss_weights")}
+        return loss_from_logits(model(**rest, use_cache=False).logits, inputs["labels"], inputs["loss_weights"])
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's, timed."""
+        started = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self._window.seconds += time.perf_counter() - started
+        return loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The batch's mean loss; its sums are kept for the exact mean over the set."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            sums = self._sums(model, inputs)
+        assert sums.loss is not None
+        weight = inputs["loss_weights"][:, 1:]
+        self._eval.add(sums, weight)
+        return (sums.loss / weight.sum().clamp_min(1e-9)).detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, with `loss` the mean over all the set's token weights."""
+        self._eval = _Sums()
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output = super().evaluation_loop(*args, **kwargs)
+        loss, weight, correct, count = self.accelerator.reduce(self._eval.tensor(self.args.device)).tolist()
+        metrics = {f"{prefix}_loss": loss / weight, f"{prefix}_token_accuracy": correct / count}
+        return output._replace(metrics=metrics)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with accuracy, rate and memory beside each training loss."""
+        if "loss" in logs:
+            logs |= self._window.metrics(self.args.device, self.accelerator)
+            self._window = _Window()
+        super().log(logs, None)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        if self.args.should_save:
+            save_adapter(self.accelerator.unwrap_model(self.model), folder, self.base_model)
+            self.tokenizer.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter_tensors(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_adapter_tensors(self.accelerator.unwrap_model(self.model), Path(str(self.state.best_model_checkpoint)))
+
+
+class _Sums:
+    """Loss, weight, right guesses and guesses, summed on the device: no wait for it at every step."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def add(self, sums: LossOutput, weight: Tensor) -> None:
+        assert sums.loss is not None
+        assert sums.correct is not None
+        parts = (sums.loss.detach(), weight.sum(), sums.correct, (weight > 0).sum())
+        self.parts.append(torch.stack([part.double() for part in parts]))
+
+    def tensor(self, device: torch.device) -> Tensor:
+        return torch.stack(self.parts).sum(0).to(device) if self.parts else torch.zeros(4, device=device).double()
+
+
+class _Window(_Sums):
+    """The steps since the last log line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        self.masks: list[Tensor] = []
+
+    def add(self, sums: LossOutput, weight: Tensor, mask: Tensor | None = None) -> None:
+        super().add(sums, weight)
+        if mask is not None:
+            self.masks.append(mask.sum())
+
+    def metrics(self, device: torch.device, accelerator: Any) -> dict[str, float]:
+        tokens = torch.stack(self.masks).sum().double().to(device)
+        values = accelerator.reduce(torch.cat([self.tensor(device), tokens[None]])).tolist()
+        return {
+            "token_accuracy": round(values[2] / max(values[3], 1), 5),
+            "tokens_per_second": round(values[4] / max(self.seconds, 1e-9), 1),
+            "memory_gb": round(_peak_bytes(device) / 1e9, 3),
+        }
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

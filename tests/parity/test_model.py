@@ -1,0 +1,116 @@
+"""Our gpt-oss against transformers' in float32: logits, loss, gradients, generation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Mxfp4Config
+
+from ossia.errors import OssiaError
+from ossia.model.folder import resolve_model
+from ossia.model.load import load_model
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_gpt_oss):
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_gpt_oss, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
+    )
+    model.config.output_router_logits = False
+    return model.eval()
+
+
+@pytest.mark.parametrize("experts", ["mxfp4", "dequantized"])
+def test_logits_equal_transformers(tiny_gpt_oss, reference, experts):
+    ids = torch.randint(0, 256, (2, 41))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    ours = load_model(tiny_gpt_oss, experts=experts)
+    with torch.no_grad():
+        got, want = ours(ids, attention_mask=mask).logits, reference(ids, attention_mask=mask).logits
+    assert (got - want)[mask.bool()].abs().max() < 1e-4 * want.abs().max()
+
+
+def test_loss_and_embedding_gradient_equal_transformers(tiny_gpt_oss, reference):
+    ids, weights = torch.randint(0, 256, (2, 19)), torch.rand(2, 19)
+    weights[:, :5] = 0
+    ours = load_model(tiny_gpt_oss, experts="mxfp4")
+    grads = []
+    for model in (ours, reference):
+        table = model.get_input_embeddings().weight
+        table.requires_grad_(True)
+        if model is ours:
+            loss = model(ids, labels=ids, loss_weights=weights, attention_mask=torch.ones_like(ids)).loss
+        else:
+            logits = model(ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
+            loss = (F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * weights[:, 1:]).sum()
+        grads.append((loss.detach(), torch.autograd.grad(loss, table)[0]))
+        table.requires_grad_(False)
+    (loss, grad), (expected, expected_grad) = grads
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    assert (grad - expected_grad).norm() < 1e-4 * expected_grad.norm()
+
+
+def test_greedy_text_equals_transformers(tiny_gpt_oss, reference):
+    ids = torch.randint(0, 256, (1, 23))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(load_model(tiny_gpt_oss).generate(ids, **options), reference.generate(ids, **options))
+
+
+def test_dense_checkpoint_loads_the_same(tiny_gpt_oss, reference, tmp_path):
+    reference.save_pretrained(tmp_path, save_original_format=False)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_gpt_oss / name).read_bytes())
+    ids = torch.randint(0, 256, (1, 11))
+    with torch.no_grad():
+        assert torch.allclose(load_model(tmp_path)(ids).logits, load_model(tiny_gpt_oss)(ids).logits, atol=1e-5)
+
+
+def test_floats_under_blocks_names_are_refused(tiny_gpt_oss, tmp_path):
+    """What transformers 5.23 writes by default after dequantizing: bf16 under `*_blocks`, read back as noise."""
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_gpt_oss, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(tmp_path)
+    with pytest.raises(OssiaError, match="save_original_format=False"):
+        load_model(tmp_path)
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(tiny_gpt_oss, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for file in tiny_gpt_oss.glob("*.safetensors"):
+        tensors |= load_file(file)
+    config = (tiny_gpt_oss / "config.json").read_bytes()
+
+    def broken(name: str, change) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_bytes(config)
+        copy = dict(tensors)
+        change(copy)
+        save_file(copy, folder / "model.safetensors")
+        with pytest.raises(OssiaError) as caught:
+            load_model(folder)
+        return str(caught.value)
+
+    assert "missing, first model.norm.weight" in broken("a", lambda t: t.pop("model.norm.weight"))
+    assert "nowhere in this architecture, first model.extra" in broken(
+        "b", lambda t: t.update({"model.extra": torch.ones(1)})
+    )
+    assert "model.norm.weight is (3,)" in broken("c", lambda t: t.update({"model.norm.weight": torch.ones(3)}))
+
+
+def test_folder_without_weights_and_cut_file(tiny_gpt_oss, tmp_path):
+    (tmp_path / "config.json").write_bytes((tiny_gpt_oss / "config.json").read_bytes())
+    with pytest.raises(OssiaError, match="no weights"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(next(tiny_gpt_oss.glob("*.safetensors")).read_bytes()[:1000])
+    with pytest.raises(OssiaError, match="damaged or cut short"):
+        resolve_model(str(tmp_path))
+
+
+def test_router_loss_of_the_config_stays_off(tiny_gpt_oss):
+    assert load_model(tiny_gpt_oss).config.output_router_logits is False
