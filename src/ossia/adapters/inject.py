@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -48,7 +49,10 @@ def inject(model: PreTrainedModel, config: LoraConfig, targets: Targets) -> Peft
     config.target_modules = targets.linear + targets.modules
     config.target_parameters = None
     config._register_custom_module({Experts: ExpertsLora})
-    wrapped = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT reports modules it has no sizes for (ours), and a base folder that has moved.
+        warnings.filterwarnings("ignore", "Unsupported layer type|The PEFT config's `base_model")
+        wrapped = get_peft_model(model, config)
     wrapped.ossia_targets = targets  # type: ignore[assignment]
     return wrapped
 

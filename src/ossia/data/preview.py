@@ -9,6 +9,7 @@ from typing import Any
 
 from ossia.config import PreviewConfig
 from ossia.data.prepare import Counts, render_rows
+from ossia.data.sources import find_files
 from ossia.errors import OssiaError
 from ossia.model.folder import resolve_model
 from ossia.model.tokenizer import load_tokenizer
@@ -19,6 +20,7 @@ from ossia.template.options import template_from
 def run(config: PreviewConfig) -> None:
     """Print `config.rows` rows."""
     assert config.model is not None
+    find_files(config.dataset)
     tokenizer = load_tokenizer(resolve_model(config.model, weights=False))
     template = template_from(tokenizer, config)
     counts = Counts()
@@ -65,7 +67,7 @@ def _print(number: int, conversation: Conversation, rendered: Rendered, tokenize
     from rich.console import Console
     from rich.text import Text
 
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     trained = sum(weight > 0 for weight in rendered.loss_weights)
     console.rule(f"row {number}: {conversation.source}", align="left")
     for message in conversation.messages:

@@ -31,7 +31,7 @@ def run(config: DemoConfig) -> None:
     """
     started = time.monotonic()
     say("1/6  the base model")
-    base = ensure_base(progress=say)
+    base = ensure_base()
     say(f"     {base}")
 
     say("2/6  the rows")

@@ -1,0 +1,583 @@
+"""Harmony, the chat format of gpt-oss: messages to tokens with loss weights in one pass, and generated ids back.
+
+Text is the same as openai-harmony 0.0.8 writes, token for token (tests/parity/test_harmony.py). docs/harmony.md has
+what carries loss and each difference from the chat template that was released with the model.
+
+Why `Rendered.labels` exists: an answer of the model ends with `<|return|>`, but is kept in the history with `<|end|>`.
+Where a turn of the history is trained, its last input token is `<|end|>` and the label there is `<|return|>`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+from ossia.errors import OssiaError
+from ossia.template.base import LossWeights, TextStream
+from ossia.template.messages import Conversation, Message, Rendered, Reply, ToolCall
+
+EFFORTS = ("low", "medium", "high")
+REQUIRED_TOKENS = ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>")
+
+_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
+_CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
+_CALLS = "Calls to these tools must go to the commentary channel: 'functions'."
+_THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_CACHED = 256
+
+
+def missing_tokens(tokenizer: Any) -> list[str]:
+    """Harmony's special tokens that the tokenizer lacks."""
+    return [token for token in REQUIRED_TOKENS if tokenizer.backend_tokenizer.token_to_id(token) is None]
+
+
+class _Header(NamedTuple):
+    """`ids` up to `<|message|>`; the first `supplied` of them are given by the prompt, not generated."""
+
+    ids: list[int]
+    supplied: int
+
+
+class _Block(NamedTuple):
+    """One harmony message: header, text, end token, and the weight of what is generated and of what is supplied."""
+
+    header: _Header
+    text: str
+    end: int
+    label: int
+    channel: str
+    weight: float
+    supplied_weight: float
+
+
+class HarmonyTemplate:
+    """Renders and parses harmony with any tokenizer that has its special tokens."""
+
+    name = "harmony"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        system: str | None = None,
+        reasoning_effort: str = "medium",
+        model_identity: str | None = None,
+        knowledge_cutoff: str = "2024-06",
+        current_date: str | None = None,
+        loss: LossWeights = LossWeights(),  # noqa: B008  (frozen)
+    ) -> None:
+        backend: Tokenizer = tokenizer.backend_tokenizer
+        self.tokenizer = tokenizer
+        self.system = system or ""
+        self.reasoning_effort = reasoning_effort
+        self.loss = loss
+        about = [model_identity or _IDENTITY, f"Knowledge cutoff: {knowledge_cutoff}"]
+        if current_date:
+            about.append(f"Current date: {current_date}")
+        self._about = "\n".join(about)
+
+        required: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in REQUIRED_TOKENS]
+        self._start, self._message, self._channel, self._end, self._return, self._call = required
+        self._constrain: int | None = backend.token_to_id("<|constrain|>")
+        end_of_text: int | None = backend.token_to_id("<|endoftext|>")
+        self.stop_ids = [self._return, self._call]
+        if end_of_text is not None:
+            self.stop_ids.append(end_of_text)
+        self.pad_id: int = next(
+            token for token in (tokenizer.pad_token_id, end_of_text, self._return) if token is not None
+        )
+        self._special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+
+        # The same model without its added tokens: "<|call|>" in a text is then text, whatever others set on `backend`.
+        self._plain = Tokenizer(backend.model)
+        if backend.normalizer is not None:
+            self._plain.normalizer = backend.normalizer
+        self._plain.pre_tokenizer = backend.pre_tokenizer
+        self._plain.decoder = backend.decoder
+        if not self._special.isdisjoint(self._encode(" ".join(REQUIRED_TOKENS))):
+            raise OssiaError("this tokenizer writes special tokens for plain text; it cannot be used with harmony")
+
+        self._cache: dict[Any, list[int]] = {}
+        self._opener = [self._start, *self._encode("assistant")]
+        self._user = self._supplied([self._start, *self._encode("user"), self._message])
+        self._developer = self._supplied([self._start, *self._encode("developer"), self._message])
+        self._said = {
+            channel: (
+                _Header([*self._opener, self._channel, *self._encode(channel), self._message], len(self._opener)),
+                _Header([*self._opener, self._channel, *self._encode(channel), self._message], 0),
+            )
+            for channel in ("analysis", "commentary", "final")
+        }
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """Tokens of a training row. Raises OssiaError for a row that harmony cannot say."""
+        messages = conversation.messages
+        everything = self.loss.base == "all"
+        ids = self._opening(messages, conversation.tools, conversation.reasoning_effort)
+        weights = [float(everything)] * len(ids)
+        channels = [""] * len(ids)
+        blocks = list(self._blocks(messages, training=True))
+        labelled: list[tuple[int, int]] = []
+        for block, body in zip(blocks, self._encode_all([block.text for block in blocks]), strict=True):
+            header, supplied = block.header
+            ids += header
+            ids += body
+            ids.append(block.end)
+            if block.label != block.end:
+                labelled.append((len(ids) - 1, block.label))
+            size = len(header) + len(body) + 1
+            weights += [block.supplied_weight] * supplied
+            weights += [block.weight] * (size - supplied)
+            channels += [block.channel] * size
+        labels = ids.copy()
+        for position, label in labelled:
+            labels[position] = label
+        return Rendered(ids, labels, weights, channels)
+
+    def prompt(
+        self, messages: list[Message], *, tools: Sequence[dict[str, Any]] = (), reasoning_effort: str | None = None
+    ) -> list[int]:
+        """Token ids up to and with `<|start|>assistant`, reasoning before the last final answer left out."""
+        ids = self._opening(messages, tools, reasoning_effort)
+        blocks = list(self._blocks(messages, training=False))
+        for block, body in zip(blocks, self._encode_all([block.text for block in blocks]), strict=True):
+            ids += block.header.ids
+            ids += body
+            ids.append(block.end)
+        ids += self._opener
+        return ids
+
+    def parse(self, ids: list[int]) -> Reply:
+        """The reply in `ids`, which follow `<|start|>assistant`. Text outside any message counts as content."""
+        reader = _Reader(self)
+        for token in ids:
+            reader.feed(token)
+            if reader.finished and token != self._call:
+                break
+        thinking: list[str] = []
+        content: list[str] = []
+        calls: list[ToolCall] = []
+        for part in reader.parts:
+            text = self._decode(part.ids)
+            if part.call is not None:
+                calls.append(ToolCall(part.call, text))
+            elif text:
+                (thinking if part.channel == "analysis" else content).append(text)
+        return Reply("\n\n".join(content), "\n\n".join(thinking), tuple(calls), reader.finished)
+
+    def stream(self) -> HarmonySplitter:
+        """A fresh splitter for one reply."""
+        return HarmonySplitter(self)
+
+    def _opening(self, messages: list[Message], tools: Sequence[dict[str, Any]], effort: str | None) -> list[int]:
+        """The system block and, with instructions or tools, the developer block; a list of the caller's own."""
+        effort = effort or self.reasoning_effort
+        if effort not in EFFORTS:
+            raise OssiaError(f"reasoning_effort is {effort!r}; it takes {', '.join(EFFORTS)}")
+        instructions = self.system
+        if messages and messages[0].role in ("system", "developer") and messages[0].content.strip():
+            instructions = messages[0].content
+        elif any(m.role in ("system", "developer") and m.content.strip() for m in messages):
+            instructions = ""
+        sections = ["# Instructions", instructions] if instructions.strip() else []
+        if tools:
+            sections.append(tools_section(tools))
+        developer = "\n\n".join(sections)
+        key = (effort, bool(tools), developer)
+        if (ids := self._cache.get(key)) is None:
+            system = f"{self._about}\n\nReasoning: {effort}\n\n{_CHANNELS}" + (f"\n{_CALLS}" if tools else "")
+            ids = [self._start, *self._encode("system"), self._message, *self._encode(system), self._end]
+            if developer:
+                ids += [*self._developer.ids, *self._encode(developer), self._end]
+            self._remember(key, ids)
+        return ids.copy()
+
+    def _blocks(self, messages: list[Message], *, training: bool) -> Iterator[_Block]:
+        """The messages after the opening; in training the last turn keeps its reasoning and ends in `<|return|>`."""
+        base, everything = self.loss.base, self.loss.base == "all"
+        said = [_said(message) for message in messages]
+        last = len(messages) - 1
+        last_user = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
+        finals = [i for i, (_, text) in enumerate(said) if text is not None and not messages[i].tool_calls]
+        if training and finals:
+            final_after_all = all(m.role != "assistant" for m in messages[finals[-1] + 1 :])
+            if final_after_all:
+                finals.pop()
+        dropped_until = finals[-1] if finals else -1
+
+        going_on = False
+        bare = False
+        pending: list[str] = []
+        for i, message in enumerate(messages):
+            role = message.role
+            if role != "assistant":
+                going_on = False
+                weight = float(everything) if message.loss is None else message.loss
+                header_weight = weight if everything else 0.0
+                body, header = message.content, self._user
+                if role == "tool":
+                    header = self._tool_header(message, pending)
+                elif role != "user":
+                    if i == 0 or not body.strip():
+                        continue
+                    body, header = f"# Instructions\n\n{body}", self._developer
+                yield _Block(header, body, self._end, self._end, "", weight, header_weight)
+                continue
+
+            thinking, text = said[i]
+            if thinking is not None and i <= dropped_until:
+                thinking, bare = None, True
+            weight = 1.0
+            if (base == "last_round" and i <= last_user) or (bare and not everything):
+                weight = 0.0
+            reasoning = weight * self.loss.reasoning
+            if message.loss is not None:
+                weight = reasoning = message.loss
+            if thinking is not None:
+                header_weight = reasoning if everything else 0.0
+                header = self._said["analysis"][going_on]
+                yield _Block(header, thinking, self._end, self._end, "analysis", reasoning, header_weight)
+                going_on = True
+            header_weight = weight if everything else 0.0
+            if message.tool_calls:
+                if text is not None:
+                    header = self._said["commentary"][going_on]
+                    yield _Block(header, text, self._end, self._end, "commentary", weight, header_weight)
+                    going_on = True
+                for call in message.tool_calls:
+                    header = self._call_header(call.name, going_on)
+                    yield _Block(header, call.arguments, self._call, self._call, "commentary", weight, header_weight)
+                    going_on = False
+                pending = [call.name for call in message.tool_calls]
+            elif text is not None:
+                header = self._said["final"][going_on]
+                end = self._return if training and i == last else self._end
+                yield _Block(header, text, end, self._return, "final", weight, header_weight)
+                going_on = bare = False
+
+    def _call_header(self, name: str, going_on: bool) -> _Header:
+        key = ("call", name)
+        if (ids := self._cache.get(key)) is None:
+            ids = [*self._opener, *self._encode(f" to={_recipient(name)}"), self._channel, *self._encode("commentary")]
+            if self._constrain is None:
+                ids += self._encode(" json")
+            else:
+                ids += [*self._encode(" "), self._constrain, *self._encode("json")]
+            ids.append(self._message)
+            self._remember(key, ids)
+        return _Header(ids, 0 if going_on else len(self._opener))
+
+    def _tool_header(self, message: Message, pending: list[str]) -> _Header:
+        name = message.name
+        if name in pending:
+            pending.remove(name)
+        elif name is None:
+            if not pending:
+                raise OssiaError("a tool message has no name and no call before it; give it the function's name")
+            name = pending.pop(0)
+        key = ("result", name)
+        if (ids := self._cache.get(key)) is None:
+            ids = [self._start, *self._encode(_recipient(name)), *self._encode(" to=assistant"), self._channel]
+            ids += [*self._encode("commentary"), self._message]
+            self._remember(key, ids)
+        return self._supplied(ids)
+
+    @staticmethod
+    def _supplied(ids: list[int]) -> _Header:
+        return _Header(ids, len(ids))
+
+    def _remember(self, key: Any, ids: list[int]) -> None:
+        if len(self._cache) >= _CACHED:
+            self._cache.clear()
+        self._cache[key] = ids
+
+    def _encode(self, text: str) -> list[int]:
+        return self._encode_all([text])[0]
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Ids of plain text, special tokens in it included as text."""
+        try:
+            # The batch call skips the offsets, which cost a third of the time of `encode`.
+            return [found.ids for found in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+        except TypeError as error:
+            for text in texts:
+                if not isinstance(text, str):
+                    raise OssiaError(f"a text is needed, got {type(text).__name__}: {text!r:.60}") from error
+                if found := re.search("[\ud800-\udfff]", text):
+                    raise OssiaError(
+                        f"the text {text[max(found.start() - 20, 0) :][:40]!r} holds half of a character "
+                        f"({found[0]!r}, a lone surrogate); write the whole character or remove it"
+                    ) from error
+            raise
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._plain.decode(ids, skip_special_tokens=False)
+
+
+def _said(message: Message) -> tuple[str | None, str | None]:
+    """(reasoning, answer or preamble) of an assistant message, None where it has none; nothing for other roles."""
+    if message.role != "assistant":
+        return None, None
+    thinking, text = message.thinking, message.content
+    if thinking is None and (found := _THINK.match(text)):
+        thinking, text = found[1].strip(), text[found.end() :]
+    if thinking is not None and not thinking.strip():
+        thinking = None
+    if not text.strip() and (thinking is not None or message.tool_calls):
+        return thinking, None
+    return thinking, text
+
+
+def _recipient(name: str) -> str:
+    return name if name.startswith("functions.") else f"functions.{name}"
+
+
+class _Part:
+    """One message of a reply: its channel, the function it calls if any, and the ids of its text."""
+
+    def __init__(self, channel: str, call: str | None) -> None:
+        self.channel = channel
+        self.call = call
+        self.ids: list[int] = []
+
+
+class _Reader:
+    """Generated ids, one at a time, into parts. The ids begin after `<|start|>assistant`."""
+
+    # No header of gpt-oss is that long; a longer one is a model that never writes <|message|>.
+    _LONGEST_HEADER = 96
+
+    def __init__(self, template: HarmonyTemplate) -> None:
+        self.template = template
+        self.parts: list[_Part] = []
+        self.part: _Part | None = None
+        self.finished = False
+        self._header: list[int] = []
+        self._foreign = False
+
+    def feed(self, token: int) -> list[int]:
+        """Take one id; returns the ids that joined the text of `part`."""
+        t = self.template
+        if token in t.stop_ids or token == t._end:
+            self.finished = token in t.stop_ids
+            self.part, self._header, self._foreign = None, [], False
+        elif token == t._start or (token == t._channel and (self.part is not None or self._foreign)):
+            self.part, self._header, self._foreign = None, [token], False
+        elif self._foreign:
+            pass
+        elif self.part is not None:
+            if token not in t._special:
+                self.part.ids.append(token)
+                return [token]
+        elif token == t._message:
+            self._open()
+        else:
+            self._header.append(token)
+            if not self._plausible():
+                self.part = _Part("final", None)
+                self.part.ids = [id for id in self._header if id not in t._special]
+                self.parts.append(self.part)
+                return list(self.part.ids)
+        return []
+
+    def _plausible(self) -> bool:
+        """Whether `_header` can still become a header: it begins with a marker or with ` to=`, and is not too long."""
+        t = self.template
+        if len(self._header) > self._LONGEST_HEADER:
+            return False
+        if self._header[0] in (t._start, t._channel, t._constrain):
+            return True
+        text = t._decode([id for id in self._header if id not in t._special]).lstrip()
+        return text.startswith("to=") or "to=".startswith(text)
+
+    def _open(self) -> None:
+        t = self.template
+        channel_at = self._header.index(t._channel) if t._channel in self._header else len(self._header)
+        author, channel = self._header[:channel_at], self._header[channel_at + 1 :]
+        if t._constrain in channel:
+            channel = channel[: channel.index(t._constrain)]
+        about = t._decode([id for id in author if id not in t._special])
+        words = t._decode([id for id in channel if id not in t._special])
+        roles = about.split()
+        self._header = []
+        if roles and roles[0] != "assistant" and not roles[0].startswith("to="):
+            # The model speaks for someone else: no part of its reply.
+            self._foreign = True
+            return
+        to = re.search(r"(?:^|\s)to=(\S+)", about) or re.search(r"(?:^|\s)to=(\S+)", words)
+        name = words.split()[0] if words.split() else ""
+        call = to[1].removeprefix("functions.") if to else None
+        known = name in ("analysis", "commentary")
+        self.part = _Part(name if known or call is None else "commentary", call)
+        if call is None and not known:
+            self.part.channel = "final"
+        self.parts.append(self.part)
+
+
+class HarmonySplitter:
+    """`Splitter` of harmony: a call prints as `name(arguments)` on the commentary channel."""
+
+    def __init__(self, template: HarmonyTemplate) -> None:
+        self._reader = _Reader(template)
+        self._text = TextStream(template._decode)
+
+    def push(self, token: int) -> list[tuple[str, str]]:
+        """(channel, text) pieces that became printable with this token."""
+        before = self._reader.part
+        added = self._reader.feed(token)
+        part = self._reader.part
+        pieces: list[tuple[str, str]] = []
+        if part is not before:
+            if before is not None:
+                pieces.append((before.channel, self._text.flush() + (")" if before.call is not None else "")))
+            if part is not None and part.call is not None:
+                pieces.append((part.channel, f"{part.call}("))
+        if part is not None:
+            pieces += [(part.channel, self._text.push(token)) for token in added]
+        return [piece for piece in pieces if piece[1]]
+
+    def flush(self) -> list[tuple[str, str]]:
+        """What is still held back when the reply ends."""
+        part = self._reader.part
+        rest = self._text.flush()
+        return [(part.channel, rest)] if part is not None and rest else []
+
+
+def tools_section(tools: Sequence[dict[str, Any]]) -> str:
+    """`# Tools` with every function as a TypeScript type. Takes OpenAI's form or the bare function objects.
+
+    Raises OssiaError for a tool without a name.
+    """
+    lines = ["# Tools\n", "## functions\n", "namespace functions {\n"]
+    for tool in tools:
+        spec = tool.get("function", tool)
+        if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+            raise OssiaError(f"a tool has no name: {json.dumps(tool, ensure_ascii=False, default=str):.120}")
+        parameters = spec.get("parameters")
+        if parameters is not None and not isinstance(parameters, dict):
+            raise OssiaError(f"tool {spec['name']}: parameters is {type(parameters).__name__}; an object is needed")
+        lines += [f"// {line}" for line in _lines(_text(spec, "description") or "")]
+        argument = "" if parameters is None else f"_: {_typescript(parameters, '')}"
+        lines.append(f"type {spec['name']} = ({argument}) => any;\n")
+    lines.append("} // namespace functions")
+    return "\n".join(lines)
+
+
+def _typescript(schema: Any, indent: str) -> str:
+    """A JSON schema as a type; a keyword that openai-harmony does not know (anyOf, $ref, …) gives `any`."""
+    if not isinstance(schema, dict):
+        return "any"
+    if isinstance(variants := schema.get("oneOf"), list):
+        return "".join(f"\n{indent} | {_variant(variant, indent, quoted=True)}" for variant in variants)
+    kind = schema.get("type")
+    if isinstance(kind, list):
+        names = ["number" if name == "integer" else name for name in kind if isinstance(name, str)]
+        return " | ".join(names) or "any"
+    if kind == "object":
+        return _object(schema, indent)
+    if kind == "array":
+        return f"{_typescript(schema['items'], indent)}[]" if "items" in schema else "Array<any>"
+    if kind == "string":
+        values = schema.get("enum")
+        names = [f'"{value}"' for value in values if isinstance(value, str)] if isinstance(values, list) else []
+        return " | ".join(names) or "string"
+    return {"number": "number", "integer": "number", "boolean": "boolean"}.get(str(kind), "any")
+
+
+def _object(schema: dict[str, Any], indent: str) -> str:
+    note = _text(schema, "description")
+    out = ["{\n"] if note is None else [f"{indent}// {note}\n", "{\n"]
+    properties = schema.get("properties")
+    required = schema.get("required")
+    needed = set(filter(_is_text, required)) if isinstance(required, list) else set()
+    for key, value in properties.items() if isinstance(properties, dict) else ():
+        out.append(_property(f"{key}{'' if key in needed else '?'}", value if isinstance(value, dict) else {}, indent))
+    return "".join([*out, indent, "}"])
+
+
+def _property(key: str, schema: dict[str, Any], indent: str) -> str:
+    """A property with its comments above and its default behind it, or above it where it has variants."""
+    variants = schema.get("oneOf")
+    note = _text(schema, "description")
+    out = []
+    if (title := _text(schema, "title")) is not None:
+        out.append(f"{indent}// {title}\n{indent}//\n")
+    if note is not None and not isinstance(variants, list):
+        out.append(f"{indent}// {note}\n")
+    if isinstance(examples := schema.get("examples"), list) and examples:
+        out.append(f"{indent}// Examples:\n")
+        out += [f'{indent}// - "{example}"\n' for example in examples if _is_text(example)]
+    if not isinstance(variants, list):
+        default = f" // {_default(schema)}" if "default" in schema else ""
+        out.append(f"{indent}{key}: {_nullable(schema, f'{indent}    ')},{default}\n")
+        return "".join(out)
+    note_above = note is not None and not (variants and note == _text(variants[0], "description"))
+    if note_above:
+        out.append(f"{indent}// {note}\n")
+    if "default" in schema:
+        out.append(f"{indent}// {_default(schema)}\n")
+    out.append(f"{indent}{key}:\n")
+    for index, variant in enumerate(variants):
+        silent = (note_above and index == 0) or _text(variant, "description") == note
+        out.append(f"{indent} | {_variant(variant, indent, silent=silent)}\n")
+    return "".join([*out, indent, ",\n"])
+
+
+def _variant(schema: Any, indent: str, *, silent: bool = False, quoted: bool = False) -> str:
+    """One type of a `oneOf`, with description (unless `silent`) and default behind it."""
+    note = None if silent else _text(schema, "description")
+    notes = [] if note is None else [note]
+    if isinstance(schema, dict) and "default" in schema:
+        notes.append(_default(schema, quoted=quoted))
+    type_ = _nullable(schema, f"{indent}   ")
+    return f"{type_} // {' '.join(notes)}" if notes else type_
+
+
+def _nullable(schema: Any, indent: str) -> str:
+    type_ = _typescript(schema, indent)
+    nullable = isinstance(schema, dict) and schema.get("nullable") is True and "null" not in type_
+    return f"{type_} | null" if nullable else type_
+
+
+def _default(schema: dict[str, Any], *, quoted: bool = False) -> str:
+    """The comment with a default; that of an enum stands bare unless `quoted`."""
+    value = schema["default"]
+    if isinstance(value, str) and not schema.get("enum"):
+        return f'default: "{value}"'
+    if isinstance(value, str) and not quoted:
+        return f"default: {value}"
+    return f"default: {_compact(value)}"
+
+
+def _compact(value: Any) -> str:
+    """JSON without spaces, numbers as Rust's serde_json prints them."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_compact(str(key))}:{_compact(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_compact, value)) + "]"
+    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) and "e" in text:
+        digits, exponent = text.split("e")
+        if exponent == "-05":
+            sign = "-" * digits.startswith("-")
+            return f"{sign}0.0000{digits.lstrip('-').replace('.', '')}"
+        return f"{digits}e{int(exponent)}"
+    return text
+
+
+def _text(schema: Any, key: str) -> str | None:
+    value = schema.get(key) if isinstance(schema, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _lines(text: str) -> list[str]:
+    lines = re.split(r"\r?\n", text)
+    return lines[:-1] if lines[-1] == "" else lines
