@@ -13,6 +13,7 @@ import ossia
 ROOT = Path(ossia.__file__).parent
 ORDER = [
     "errors",
+    "compat",
     "console",
     "config",
     "template",
@@ -50,7 +51,7 @@ def test_folders_import_only_from_above():
         if part in ("__init__", "__main__"):
             continue
         allowed = set(ORDER[: ORDER.index(part) + 1]) - (
-            {"errors", "console", "config", "template"} if part == "kernels" else set()
+            {"errors", "compat", "console", "config", "template"} if part == "kernels" else set()
         )
         wrong += [f"{file.relative_to(ROOT)} imports {name}" for name in imports(file) - allowed]
     assert not wrong

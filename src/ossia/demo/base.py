@@ -29,6 +29,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ossia.compat import quiet_libraries
 from ossia.console import Advance, progress, say
 from ossia.errors import OssiaError
 from ossia.kernels import mxfp4
@@ -178,7 +179,7 @@ def _load_source() -> Source:
     if not files:
         raise OssiaError(f"no SmolLM2-135M-Instruct*.gguf in {folder}: {_INSTALL} --force-reinstall")
     name = files[0].name
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=name,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ossia.adapters.files import base_model_of, check_adapter
+from ossia.compat import quiet_libraries
 from ossia.config import InferConfig, SftConfig
 from ossia.config.base import read_yaml
 from ossia.config.parts import TemplateOptions
@@ -45,14 +46,12 @@ def load_engine(config: InferConfig) -> Any:
     template = template_from(tokenizer, config)
 
     from transformers import set_seed
-    from transformers.utils import logging
 
     from ossia.adapters.io import load_adapter
     from ossia.infer.engine import Engine
     from ossia.model.load import load_model
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     set_seed(config.seed)
     # Decoding one token at a time gains nothing from flex_attention and would compile it for every length.
     attention = "eager" if config.attn_impl == "auto" else config.attn_impl

@@ -189,14 +189,20 @@ class GenericTemplate:
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
         )
         ids: list[int] = list(found["input_ids"])
+        offsets: list[tuple[int, int]] = found["offset_mapping"]
         runs: list[tuple[int, int]] = []
         position = 0
         for marked, group in groupby(found["assistant_masks"]):
             size = len(list(group))
             if marked:
-                runs.append((position, self._turn_end(ids, position, position + size)))
+                end = position + size
+                # transformers 5.23 marks only the first token of the last character, which may have several.
+                while end < len(ids) and offsets[end][0] < offsets[end - 1][1]:
+                    end += 1
+                runs.append((position, self._turn_end(ids, position, end)))
             position += size
         if len(runs) == len(weights):
             pairs = zip(runs, weights.items(), strict=True)

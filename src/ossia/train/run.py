@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ossia.compat import quiet_libraries
 from ossia.config import SftConfig
 from ossia.console import say
 from ossia.data.prepare import TokenRow, prepare, split
@@ -91,14 +92,12 @@ def _train(config: SftConfig, tokenizer: Any, template: Any, rows: list[TokenRow
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
     from transformers import set_seed
-    from transformers.utils import logging
 
     from ossia.adapters.inject import add_lora, base_parameters, coverage_lines
     from ossia.model.load import load_model, pick_device, pick_dtype
-    from ossia.track import make_trackers
+    from ossia.track import Status, make_trackers
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     device = pick_device(config.device)
     dtype = pick_dtype(config.torch_dtype, device)
     state = PartialState(cpu=device.type == "cpu")
@@ -140,7 +139,7 @@ def _train(config: SftConfig, tokenizer: Any, template: Any, rows: list[TokenRow
     )
     trainer = _trainer(config, wrapped, tokenizer, template, rows, held, run_dir, trackers, dtype)
     say(f"run: {run_dir}")
-    status = "failed"
+    status: Status = "failed"
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
         status = "finished"
@@ -175,7 +174,7 @@ def _trainer(
     trainer = SftTrainer(
         model,
         base_model=str(config.model),
-        args=training_arguments(config, run_dir, bool(held), bf16=dtype == torch.bfloat16),
+        args=training_arguments(config, run_dir, bool(held), dtype == torch.bfloat16, model.device.type == "cpu"),
         train_dataset=rows,
         eval_dataset=held or None,
         data_collator=Collator(template.pad_id),
@@ -186,7 +185,7 @@ def _trainer(
     return trainer
 
 
-def training_arguments(config: SftConfig, run_dir: Path, has_eval: bool, bf16: bool) -> TrainingArguments:
+def training_arguments(config: SftConfig, run_dir: Path, has_eval: bool, bf16: bool, on_cpu: bool) -> TrainingArguments:
     """transformers' arguments for a run."""
     from transformers import TrainingArguments
 
@@ -204,7 +203,8 @@ def training_arguments(config: SftConfig, run_dir: Path, has_eval: bool, bf16: b
             warmup_steps=config.warmup_steps or config.warmup_ratio,
             lr_scheduler_kwargs=config.lr_scheduler_kwargs or None,
             bf16=bf16,
-            use_cpu=config.device == "cpu",
+            use_cpu=on_cpu,
+            dataloader_pin_memory=not on_cpu,
             gradient_checkpointing_kwargs={"use_reentrant": False},
             metric_for_best_model="eval_loss" if has_eval else None,
             greater_is_better=False if has_eval else None,

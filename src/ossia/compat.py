@@ -1,0 +1,16 @@
+"""What cannot be avoided of other libraries' behaviour, each with its version and when it can go."""
+
+from __future__ import annotations
+
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' chatter out of what users read; errors stay."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # transformers 5.23 renames gradient_checkpointing to activation_checkpointing, which 5.17 does not have, and peft
+    # 0.21 still uses the old names. Goes when the oldest supported transformers has the new ones.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
