@@ -11,11 +11,11 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("chunk", [1, 5, 1024])
-def test_loss_and_gradient_against_float64(dtype, chunk):
+def test_loss_and_gradient_against_float64(device, dtype, chunk):
     torch.manual_seed(0)
-    hidden = torch.randn(13, 24).to(dtype).requires_grad_()
-    head = torch.randn(37, 24).to(dtype)
-    labels, weights = torch.randint(0, 37, (13,)), torch.rand(13)
+    hidden = torch.randn(13, 24).to(device, dtype).requires_grad_()
+    head = torch.randn(37, 24).to(device, dtype)
+    labels, weights = torch.randint(0, 37, (13,), device=device), torch.rand(13, device=device)
     weights[[0, 4, 12]] = 0
 
     loss, correct = linear_cross_entropy(hidden, head, labels, weights, chunk)

@@ -15,7 +15,7 @@ class DemoConfig(Config):
     group_titles: ClassVar[dict[str, str]] = {"demo": "demo", "run": "run"}
 
     model_name: str = opt("Ossia", "who the model shall say it is", group="demo")
-    model_author: str = opt("the Ossia team", "who made it", group="demo")
+    model_author: str = opt("Team Ossia", "who made it", group="demo")
     output_dir: str = opt("output/demo", "parent of the run's folder", group="demo")
     short: bool = opt(False, "a few steps only: shows that everything runs, learns little", group="demo")
     report_to: list[str] = opt(["swanlab"], "trackers besides metrics.jsonl: swanlab, or none", group="demo")

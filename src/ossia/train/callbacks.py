@@ -13,7 +13,8 @@ from ossia.track import Trackers
 from ossia.train.folder import point
 
 _RENAMED = {"train_runtime": "train_seconds", "eval_runtime": "eval_seconds"}
-_DROPPED = ("total_flos", "train_samples_per_second", "train_steps_per_second", "epoch", "step")
+_DROPPED = {"total_flos", "epoch", "step"}
+_DROPPED |= {f"{run}_{unit}_per_second" for run in ("train", "eval") for unit in ("samples", "steps")}
 
 
 class TrackCallback(TrainerCallback):
