@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 import warnings
+from collections.abc import Iterator
 
 
 def quiet_libraries() -> None:
@@ -14,3 +18,13 @@ def quiet_libraries() -> None:
     # transformers 5.23 renames gradient_checkpointing to activation_checkpointing, which 5.17 does not have, and peft
     # 0.21 still uses the old names. Goes when the oldest supported transformers has the new ones.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+@contextlib.contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """transformers 5.23 draws its GGUF bar into logs too: it asks tqdm itself, past its own switch for bars."""
+    if sys.stderr.isatty():
+        yield
+    else:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield

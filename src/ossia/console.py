@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 Advance = Callable[[float], None]
 
@@ -76,3 +78,13 @@ class _Lines:
         rate = self.done / (now - self.started)
         left = (self.total - self.done) / rate if rate else float("inf")
         say(f"{self.label}: {self.done:g} of {self.total:g} {self.unit}, {rate:.1f}/s, {left:.0f} s left")
+
+
+def tool(name: str) -> str:
+    """How a user calls a command of this installation: its name if the shell finds it, else the path to it."""
+    beside = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    if beside.is_file() and (found is None or Path(found).resolve() != beside.resolve()):
+        relative = os.path.relpath(beside)
+        return str(beside) if relative.startswith("..") else relative
+    return name

@@ -29,7 +29,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ossia.compat import quiet_libraries
+from ossia.compat import bars_on_terminals_only, quiet_libraries
 from ossia.console import Advance, progress, say
 from ossia.errors import OssiaError
 from ossia.kernels import mxfp4
@@ -180,12 +180,13 @@ def _load_source() -> Source:
         raise OssiaError(f"no SmolLM2-135M-Instruct*.gguf in {folder}: {_INSTALL} --force-reinstall")
     name = files[0].name
     quiet_libraries()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=name,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
+    with bars_on_terminals_only():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=name,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
     try:
         license_text = importlib.metadata.distribution(_PACKAGE).read_text("LICENSE")

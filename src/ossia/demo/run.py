@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ossia.config import DemoConfig, ExportConfig, InferConfig, SftConfig
-from ossia.console import progress, say
+from ossia.console import progress, say, tool
 from ossia.demo.base import ensure_base
 from ossia.demo.rows import demo_prompts, make_rows
 from ossia.errors import OssiaError
@@ -158,10 +158,13 @@ def _finish(
     say(f"training took {train_seconds:.0f} s, everything {seconds:.0f} s")
     say(f"run folder    {result.run_dir}   (config.yaml, metrics.jsonl, checkpoint-N, last, best)")
     say(f"merged model  {merged}")
+    if "swanlab" in config.report_to:
+        say(f"charts        {tool('swanlab')} watch {result.run_dir / 'swanlog'}")
+    rows = Path(config.output_dir).expanduser().resolve() / "data" / "train.jsonl"
     say("next:")
-    say(f"  ossia infer --adapters {result.checkpoint} --temperature 0")
-    say(f"  ossia data preview --model {merged} --dataset {Path(config.output_dir).resolve() / 'data' / 'train.jsonl'}")
-    say("  ossia sft --model openai/gpt-oss-20b --dataset YOUR_ROWS.jsonl --report_to swanlab")
+    say(f"  {tool('ossia')} infer --adapters {result.checkpoint} --temperature 0")
+    say(f"  {tool('ossia')} data preview --model {merged} --dataset {rows}")
+    say(f"  {tool('ossia')} sft --model openai/gpt-oss-20b --dataset YOUR_ROWS.jsonl --report_to swanlab")
     if config.short:
         say("(--short: only a few steps, so the loss need not halve)")
     elif losses[-1] > losses[0] / 2:

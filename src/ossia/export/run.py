@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ossia.adapters.files import base_model_of, check_adapter
 from ossia.config import ExportConfig
-from ossia.console import say
+from ossia.console import say, tool
 from ossia.errors import UsageError
 from ossia.model.folder import resolve_model
 
@@ -25,5 +25,5 @@ def run(config: ExportConfig) -> Path:
     say(f"merging {adapter} into {base}")
     merge(base, adapter, output, DTYPES[config.torch_dtype], int(config.max_shard_size * 1e9))
     say(f"merged model: {output} ({config.torch_dtype}; loads with transformers alone)")
-    say(f"talk to it:  ossia infer --model {output}")
+    say(f"talk to it:  {tool('ossia')} infer --model {output}")
     return output

@@ -16,6 +16,7 @@ import threading
 from pathlib import Path
 from typing import Any, Literal
 
+from ossia.console import tool
 from ossia.errors import OssiaError
 from ossia.track.base import RunInfo, Status
 
@@ -92,8 +93,8 @@ class SwanLabTracker:
         if self.mode == "cloud":
             return f"SwanLab (cloud): {reply['url']}"
         if self.mode == "offline":
-            return f"SwanLab (offline): swanlab sync {reply['dir']}"
-        return f"SwanLab (local): swanlab watch {logdir}"
+            return f"SwanLab (offline): {tool('swanlab')} sync {reply['dir']}"
+        return f"SwanLab (local): {tool('swanlab')} watch {logdir}"
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._send({"metrics": metrics, "step": step})

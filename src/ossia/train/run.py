@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ossia.compat import quiet_libraries
 from ossia.config import SftConfig
-from ossia.console import say
+from ossia.console import say, tool
 from ossia.data.prepare import TokenRow, prepare, split
 from ossia.data.sources import find_files
 from ossia.errors import OssiaError, UsageError
@@ -145,6 +145,9 @@ def _train(config: SftConfig, tokenizer: Any, template: Any, rows: list[TokenRow
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
+        if (run_dir / "last").is_dir():
+            options = f"--config {run_dir / CONFIG} --resume_from_checkpoint {(run_dir / 'last').resolve()}"
+            say(f"go on from the last checkpoint:  {tool('ossia')} sft {options}")
         raise
     except torch.OutOfMemoryError as error:
         raise OssiaError(_out_of_memory(config, error)) from error
@@ -229,8 +232,8 @@ def _result(config: SftConfig, trainer: SftTrainer, run_dir: Path) -> SftResult:
         raise OssiaError(f"the loss is {metrics['loss']}: lower --learning_rate; metrics are in {run_dir}")
     if checkpoint:
         say(f"adapter: {checkpoint}")
-        say(f"talk to it:  ossia infer --adapters {checkpoint}")
-        say(f"merge it:    ossia export --adapters {checkpoint} --merge_lora true")
+        say(f"talk to it:  {tool('ossia')} infer --adapters {checkpoint}")
+        say(f"merge it:    {tool('ossia')} export --adapters {checkpoint} --merge_lora true")
     else:
         say("no checkpoint was saved (--save_strategy no)")
     return SftResult(run_dir, checkpoint, metrics)
@@ -250,6 +253,7 @@ def _environment(device: Any) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "peft": peft.__version__,
         "python": platform.python_version(),
+        "system": platform.platform(),
         "device": gpu or f"CPU, {torch.get_num_threads()} threads",
     }
 

@@ -1,0 +1,69 @@
+"""Ctrl-C: nothing half-written, exit code 130, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+
+def start(*args, cwd):
+    return subprocess.Popen(
+        [sys.executable, "-m", "ossia", *map(str, args)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def wait_for(condition, process, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_training_stopped_half_way_keeps_metrics_and_checkpoints(tiny_gpt_oss, rows, tmp_path):
+    process = start(
+        "sft", "--model", tiny_gpt_oss, "--dataset", rows, "--max_steps", 100_000, "--logging_steps", 1,
+        "--save_steps", 5, "--save_total_limit", 2, "--report_to", "none", cwd=tmp_path,
+    )  # fmt: skip
+    wait_for(lambda: list(tmp_path.glob("output/v0-*/checkpoint-*/trainer_state.json")), process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert "Traceback" not in out + err
+    run = next(tmp_path.glob("output/v0-*"))
+    assert all(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert (run / "last" / "adapter_model.safetensors").is_file()
+
+
+def test_export_stopped_half_way_leaves_nothing(tmp_path, tiny_gpt_oss, monkeypatch):
+    import pytest
+    import torch
+
+    from ossia.adapters.inject import add_lora
+    from ossia.adapters.io import save_adapter
+    from ossia.export import merge as module
+    from ossia.model.load import load_model
+
+    save_adapter(add_lora(load_model(tiny_gpt_oss)), tmp_path / "adapter", str(tiny_gpt_oss))
+    written = []
+
+    def interrupted(tensors, path, metadata):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        path.write_bytes(b"part")
+
+    monkeypatch.setattr(module, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module.merge(tiny_gpt_oss, tmp_path / "adapter", tmp_path / "merged", torch.bfloat16, 50_000)
+    assert written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
