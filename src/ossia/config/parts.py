@@ -31,9 +31,9 @@ class ModelOptions:
     )
     attn_impl: str = opt(
         "auto",
-        "attention; auto: flex_attention on a GPU, eager on a CPU",
+        "attention; auto: flash on a GPU in bfloat16, else eager (quadratic in memory)",
         group="model",
-        choices=["auto", "eager", "flex_attention"],
+        choices=["auto", "flash", "eager", "flex_attention"],
     )
 
 

@@ -62,7 +62,9 @@ class Experts(nn.Module):
             delta: what an adapter adds to each projection.
         """
         expert_S, order_S = index_TK.flatten().sort(stable=True)
-        offsets_E = torch.bincount(expert_S, minlength=self.num_experts).cumsum(0).to(torch.int32)
+        # histc, unlike bincount, does not make the host wait for the GPU; on a CPU it takes floats only.
+        counted = expert_S.int() if expert_S.is_cuda else expert_S.float()
+        offsets_E = counted.histc(self.num_experts, 0, self.num_experts - 1).cumsum(0).to(torch.int32)
         rows_SH = hidden_TH[order_S // index_TK.shape[1]]
         gated_SI = self._gate(self._project("gate_up_proj", rows_SH, expert_S, offsets_E, delta))
         out_SH = self._project("down_proj", gated_SI, expert_S, offsets_E, delta)

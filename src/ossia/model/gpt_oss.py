@@ -12,6 +12,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.utils import ModelOutput
 
 from ossia.kernels.linear_cross_entropy import linear_cross_entropy
+from ossia.model import attention
 from ossia.model.experts import Experts
 
 
@@ -74,9 +75,15 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
         loss_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' forward; or, with `labels` [B, S] and `loss_weights` [B, S], the summed loss."""
+        """As transformers' forward; or, with `labels` [B, S] and `loss_weights` [B, S], the summed loss.
+
+        Rows with a loss are padded on the right.
+        """
         if loss_weights is None or labels is None:
             return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+        if self.config._attn_implementation == attention.NAME:
+            # Causal attention never looks right, so padding there needs no mask.
+            kwargs["attention_mask"] = dict.fromkeys(("full_attention", "sliding_attention"))
         hidden = self.model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
         return LossOutput(*shifted_loss(hidden, self.lm_head.weight, labels, loss_weights))
 

@@ -16,6 +16,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 from ossia.console import progress, say
 from ossia.errors import OssiaError, UsageError
 from ossia.kernels.mxfp4 import dequantize
+from ossia.model import attention
 from ossia.model.folder import read_json, resolve_model, weight_files
 from ossia.model.gpt_oss import OssiaGptOssForCausalLM
 
@@ -39,7 +40,7 @@ def load_model(
         torch_dtype: `auto`, `bfloat16` or `float32`; auto is bfloat16 on a GPU, float32 on a CPU.
         device: `auto`, `cuda` or `cpu`.
         experts: `auto`, `mxfp4` or `dequantized` (gpt-oss with MXFP4 on disk).
-        attn_impl: `auto`, `eager` or `flex_attention`.
+        attn_impl: `auto`, `flash`, `eager` or `flex_attention`; for gpt-oss.
 
     Raises:
         OssiaError: missing, extra or misshapen tensors, each named.
@@ -47,8 +48,6 @@ def load_model(
     folder = resolve_model(str(name))
     where = pick_device(device)
     dtype = pick_dtype(torch_dtype, where)
-    if attn_impl == "auto":
-        attn_impl = "flex_attention" if where.type == "cuda" else "eager"
     if read_json(folder / "config.json").get("model_type") == "gpt_oss":
         model: PreTrainedModel = _load_gpt_oss(folder, dtype, where, experts, attn_impl)
     else:
@@ -93,7 +92,7 @@ def _load_gpt_oss(
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config._attn_implementation = attn_impl
+    config._attn_implementation = _attention(attn_impl, dtype, device)
     # Left on, the auxiliary loss of the released config (0.9) would outweigh the language-model loss.
     config.output_router_logits = False
     config.dtype = dtype
@@ -107,6 +106,14 @@ def _load_gpt_oss(
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def _attention(attn_impl: str, dtype: torch.dtype, device: torch.device) -> str:
+    if attn_impl == "flash" and not attention.supports_flash(device, dtype):
+        raise UsageError(f"--attn_impl flash needs bfloat16 on an NVIDIA GPU from Ampere on, not {dtype} on {device}")
+    if attn_impl == "auto":
+        attn_impl = "flash" if attention.supports_flash(device, dtype) else "eager"
+    return attention.NAME if attn_impl == "flash" else attn_impl
 
 
 def _keep_mxfp4(config: Any, dtype: torch.dtype, device: torch.device, experts: str) -> bool:

@@ -12,8 +12,31 @@ even column, the high nibble the odd one. A code is sign, two exponent bits, one
 - `quantize(weight)` takes the scale floor(log2(max |block|)) - 2, clamped to the range of E8M0, and rounds each
   value to the nearest code, ties to the even mantissa; values above 6 * scale become 6 * scale. A block of zeros
   gets scale byte 0. `quantize(dequantize(*quantize(w)))` equals `quantize(w)` byte for byte.
+
+`triton` serves bfloat16 on a GPU: the same values, but that those below 2^-126 may become 0.
 """
 
-from ossia.kernels.mxfp4.reference import BLOCK, dequantize, quantize
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ossia.kernels.mxfp4 import reference
+from ossia.kernels.mxfp4.reference import BLOCK, quantize
 
 __all__ = ["BLOCK", "dequantize", "quantize"]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def dequantize(
+    blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None
+) -> Tensor:
+    """Expand MXFP4 to `dtype`, by the fastest implementation for the device; see `reference.dequantize`."""
+    if blocks.is_cuda and dtype == torch.bfloat16 and out is None and _HAS_TRITON:
+        from ossia.kernels.mxfp4 import triton
+
+        return triton.dequantize(blocks, scales)
+    return reference.dequantize(blocks, scales, dtype, out)

@@ -1,0 +1,43 @@
+"""Attention with sinks: the reference against transformers, flash against the reference, gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+from ossia.kernels import attention
+
+
+def case(batch, length, heads, kv_heads, size, dtype, device="cpu"):
+    torch.manual_seed(length)
+    shapes = ((heads,), (kv_heads,), (kv_heads,))
+    q, k, v = (torch.randn(batch, length, *n, size, device=device).to(dtype).requires_grad_() for n in shapes)
+    return q, k, v, torch.randn(heads, device=device) * 2
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 64])
+def test_reference_equals_transformers(window):
+    q, k, v, sinks = case(2, 23, 6, 2, 16, torch.float32)
+    distance = torch.arange(23)[:, None] - torch.arange(23)
+    mask = torch.zeros(23, 23).masked_fill((distance < 0) | (distance >= (window or 23)), float("-inf"))
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.sinks = 3, sinks
+    expected, _ = eager_attention_forward(module, *(x.transpose(1, 2) for x in (q, k, v)), mask[None, None], 0.25)
+    assert torch.allclose(attention.reference(q, k, v, sinks, 0.25, window), expected, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a CUDA GPU")
+@pytest.mark.parametrize("window", [None, 128, 7])
+@pytest.mark.parametrize("length", [1, 77, 300])
+def test_flash_and_its_gradients_against_float64(length, window):
+    q, k, v, sinks = case(2, length, 8, 2, 64, torch.bfloat16, "cuda")
+    out = attention.flash(q, k, v, sinks, 0.125, window)
+    probe = torch.randn_like(out)
+    out.backward(probe)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = attention.reference(*exact, sinks, 0.125, window)
+    expected.backward(probe.double())
+    pairs = [(out, expected), *((x.grad, e.grad) for x, e in zip((q, k, v), exact, strict=True))]
+    for got, want in pairs:
+        assert (got.double() - want).norm() <= 1e-2 * want.norm() + 1e-9
