@@ -1,4 +1,4 @@
-"""Registers our attention with transformers, under the name `ossia_flash`."""
+"""Registers our attention with transformers, under the name `ossia_sinks`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from ossia.kernels import attention
 
-NAME = "ossia_flash"
+# transformers takes any name with "flash" in it for a kernel of its own.
+NAME = "ossia_sinks"
 
 
 def flash_attention_forward(
@@ -35,7 +36,7 @@ def flash_attention_forward(
 
 
 def supports_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `ossia_flash` runs here: bfloat16 on an NVIDIA GPU from Ampere on."""
+    """Whether `ossia_sinks` runs here: bfloat16 on an NVIDIA GPU from Ampere on."""
     return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
