@@ -56,13 +56,13 @@ def test_export_stopped_half_way_leaves_nothing(tmp_path, tiny_gpt_oss, monkeypa
     save_adapter(add_lora(load_model(tiny_gpt_oss)), tmp_path / "adapter", str(tiny_gpt_oss))
     written = []
 
-    def interrupted(tensors, path, metadata):
+    def interrupted(tensors, path):
         if written:
             raise KeyboardInterrupt
         written.append(path)
         path.write_bytes(b"part")
 
-    monkeypatch.setattr(module, "save_file", interrupted)
+    monkeypatch.setattr(module, "save_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         module.merge(tiny_gpt_oss, tmp_path / "adapter", tmp_path / "merged", torch.bfloat16, 50_000)
     assert written

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +23,7 @@ from ossia.adapters.experts import ExpertsLora
 from ossia.adapters.files import CONFIG, WEIGHTS
 from ossia.adapters.inject import inject
 from ossia.adapters.targets import Targets
+from ossia.compat import save_tensors
 from ossia.errors import OssiaError
 from ossia.model.experts import PROJECTIONS, Experts
 from ossia.model.folder import read_json
@@ -41,7 +42,7 @@ def save_adapter(model: PeftModel, folder: Path, base_model: str | None = None, 
     """
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{WEIGHTS}.part"
-    save_file(adapter_tensors(model, adapter), part, metadata={"format": "pt"})
+    save_tensors(adapter_tensors(model, adapter), part)
     config = _config_on_disk(model, base_model, adapter)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(part, folder / WEIGHTS)

@@ -26,10 +26,9 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ossia.compat import bars_on_terminals_only, quiet_libraries
+from ossia.compat import bars_on_terminals_only, quiet_libraries, save_tensors
 from ossia.console import Advance, progress, say
 from ossia.errors import OssiaError
 from ossia.kernels import mxfp4
@@ -323,7 +322,7 @@ def _generation_config() -> dict[str, Any]:
 def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=_SHARD_SIZE)
     for filename, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / filename, metadata={"format": "pt"})
+        save_tensors({name: tensors[name] for name in names}, folder / filename)
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     _write_json(folder / "model.safetensors.index.json", index)
 

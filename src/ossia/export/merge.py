@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ossia.adapters.files import CONFIG, WEIGHTS
+from ossia.compat import save_tensors
 from ossia.console import progress
 from ossia.errors import OssiaError
 from ossia.kernels.mxfp4 import dequantize
@@ -158,7 +159,7 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
         nonlocal batch, size
         if batch:
             shards.append(list(batch))
-            save_file(batch, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+            save_tensors(batch, folder / f"shard-{len(shards)}")
             batch, size = {}, 0
 
     for name, tensor in tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 from rich.console import Console
@@ -22,6 +23,8 @@ def chat(engine: Engine, config: InferConfig) -> None:
     console = Console(highlight=False, soft_wrap=True)
     terminal = sys.stdin.isatty()
     if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - gives `input` its line editing and history
         console.print(HELP, style="dim")
     messages: list[Message] = []
     while (line := _read(terminal)) is not None:
