@@ -21,6 +21,8 @@ def quiet_libraries() -> None:
     # transformers 5.23 renames gradient_checkpointing to activation_checkpointing, which 5.17 does not have, and peft
     # 0.21 still uses the old names. Goes when the oldest supported transformers has the new ones.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # accelerate 1.15 passes DDP an option that torch 2.13 renames; torch 2.11 has the old name alone.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")
 
 
 @contextlib.contextmanager

@@ -195,7 +195,7 @@ def training_arguments(config: SftConfig, run_dir: Path, has_eval: bool, bf16: b
     same = (
         "num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
         "learning_rate lr_scheduler_type weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim seed "
-        "gradient_checkpointing dataloader_num_workers logging_steps eval_steps save_strategy save_steps "
+        "gradient_checkpointing logging_steps eval_steps save_strategy save_steps "
         "save_total_limit eval_on_start"
     )
     try:
@@ -208,10 +208,12 @@ def training_arguments(config: SftConfig, run_dir: Path, has_eval: bool, bf16: b
             bf16=bf16,
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
+            dataloader_num_workers=_workers(config.dataloader_num_workers),
             gradient_checkpointing_kwargs={"use_reentrant": False},
             metric_for_best_model="eval_loss" if has_eval else None,
             greater_is_better=False if has_eval else None,
             logging_nan_inf_filter=False,
+            logging_first_step=True,
             remove_unused_columns=False,
             label_names=["labels"],
             report_to="none",
@@ -221,6 +223,14 @@ def training_arguments(config: SftConfig, run_dir: Path, has_eval: bool, bf16: b
         )
     except ValueError as error:
         raise UsageError(" ".join(str(error).split())) from error
+
+
+def _workers(wanted: int) -> int:
+    """Processes that assemble batches: no more than this process's share of the cores."""
+    share = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("WORLD_SIZE", "1")))
+    if wanted > share:
+        say(f"--dataloader_num_workers {wanted}: {share} used, one per core that a process has here")
+    return min(wanted, share)
 
 
 def _result(config: SftConfig, trainer: SftTrainer, run_dir: Path) -> SftResult:
