@@ -51,6 +51,8 @@ CASES = {
     "unknown command": (("stf",), 2, "did you mean 'sft'"),
     "unknown tracker": ((*SFT, "good.jsonl", "--report_to", "swanlb"), 2, "swanlab"),
     "unknown loss": ((*SFT, "good.jsonl", "--loss_scale", "lastround"), 2, "last_round"),
+    "unknown target": ((*SFT, "good.jsonl", "--target_modules", "q_prj"), 2, "did you mean 'q_proj'"),
+    "unknown layer": ((*SFT, "good.jsonl", "--target_experts", "7"), 2, "this model's layers are 0 to 1"),
     "bad processes": ((*SFT, "good.jsonl"), 2, "NPROC_PER_NODE is 'two'"),
     "no adapter": (("infer", "--adapters", "nowhere"), 2, "--adapters nowhere: no such folder"),
     "not an adapter": (("infer", "--adapters", "bare"), 2, "no adapter_config.json"),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ossia.kernels.grouped_linear import grouped_linear
-from ossia.model.experts import PROJECTIONS, Experts, Projection
+from ossia.model.experts import Experts
+from ossia.model.names import PROJECTIONS, Projection
 
 
 class ExpertsLora(nn.Module, LoraLayer):

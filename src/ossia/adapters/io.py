@@ -25,8 +25,9 @@ from ossia.adapters.inject import inject
 from ossia.adapters.targets import Targets
 from ossia.compat import save_tensors
 from ossia.errors import OssiaError
-from ossia.model.experts import PROJECTIONS, Experts
+from ossia.model.experts import Experts
 from ossia.model.folder import read_json
+from ossia.model.names import PROJECTIONS
 
 _NEST = {"gate_up_proj": ".base_layer", "down_proj": ""}
 

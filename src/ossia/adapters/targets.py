@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-from torch import nn
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ossia.errors import UsageError, nearest
-from ossia.model.experts import PROJECTIONS, Experts
+from ossia.model.folder import read_json, weight_files
+from ossia.model.names import PROJECTIONS
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,10 @@ def find_targets(model: nn.Module, target_modules: list[str], target_experts: st
     Raises:
         UsageError: a target that matches nothing, with near misses.
     """
+    from torch import nn
+
+    from ossia.model.experts import Experts
+
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     experts = {_layer(name): name for name, module in model.named_modules() if isinstance(module, Experts)}
@@ -52,7 +61,18 @@ def find_targets(model: nn.Module, target_modules: list[str], target_experts: st
     return targets
 
 
-def _linear_targets(names: list[str], wanted: list[str]) -> list[str]:
+def check_targets(folder: Path, target_modules: list[str], target_experts: str = "auto") -> None:
+    """What `find_targets` would refuse, as far as the names of a model folder's tensors tell. Loads nothing."""
+    tensors = [name.removesuffix(".weight") for name in weight_files(folder) if name.endswith(".weight")]
+    names = [name for name in tensors if "norm" not in name and "embed" not in name and "router" not in name]
+    config = read_json(folder / "config.json")
+    layers = range(config["num_hidden_layers"]) if config.get("model_type") == "gpt_oss" else ()
+    if names:
+        _linear_targets(names, target_modules)
+    _expert_layers(list(layers), target_experts)
+
+
+def _linear_targets(names: Iterable[str], wanted: list[str]) -> list[str]:
     endings = sorted({name.rpartition(".")[2] for name in names})
     if wanted == ["none"]:
         return []

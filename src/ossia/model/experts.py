@@ -6,16 +6,13 @@ T tokens, K experts per token, S = T·K rows sorted by expert, E experts, H hidd
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ossia.kernels.grouped_linear import grouped_linear, grouped_linear_mxfp4
 from ossia.kernels.mxfp4 import dequantize
-
-Projection = Literal["gate_up_proj", "down_proj"]
-PROJECTIONS: tuple[Projection, ...] = ("gate_up_proj", "down_proj")
+from ossia.model.names import Projection
 
 Delta = Callable[[Projection, Tensor, Tensor], Tensor]
 """`(projection, rows, offsets) -> rows` to add to a projection's output."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ossia.adapters.targets import check_targets
 from ossia.compat import quiet_libraries
 from ossia.config import SftConfig
 from ossia.console import say, tool
@@ -52,6 +53,7 @@ def run(config: SftConfig) -> SftResult | None:
         return None
     folder = resolve_model(str(config.model))
     config.model = str(folder)
+    check_targets(folder, config.target_modules, config.target_experts)
     tokenizer = load_tokenizer(folder)
     template = template_from(tokenizer, config)
     rows, held = _data(config, template)
