@@ -56,8 +56,14 @@ def run(config: DemoConfig) -> None:
         _show(prompt, old, new)
 
     say("6/6  merge, and ask the merged model in a new process")
+    # float32, as it was trained: rounded to bfloat16, a near tie between two words can fall the other way.
     merged = export(
-        ExportConfig(adapters=str(result.checkpoint), merge_lora=True, output_dir=str(result.run_dir / "merged"))
+        ExportConfig(
+            adapters=str(result.checkpoint),
+            merge_lora=True,
+            torch_dtype="float32",
+            output_dir=str(result.run_dir / "merged"),
+        )
     )
     same = _ask_in_new_process(merged, data / "prompts.jsonl", result.run_dir / "merged-answers.jsonl")
     _finish(config, result, merged, after, same, train_seconds, time.monotonic() - started)
