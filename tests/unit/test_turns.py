@@ -54,3 +54,31 @@ def test_calls_and_results_stay_in_their_turn():
 def test_two_user_messages_are_one_turn_and_an_unanswered_one_is_none():
     messages = [Message("user", "a"), Message("user", "b"), Message("assistant", "x", "t"), Message("user", "c")]
     assert [len(s.messages) for s in split_turns(Conversation(messages))] == [3]
+
+
+def test_every_turn_of_a_row_is_trained_with_its_reasoning_or_the_last_alone(tiny_gpt_oss, tmp_path):
+    import json
+
+    from ossia.config.parts import DataOptions
+    from ossia.data.prepare import prepare
+    from ossia.model.tokenizer import load_tokenizer
+    from ossia.template import load_template
+
+    tokenizer = load_tokenizer(tiny_gpt_oss)
+    turns = [("q0", "t0", "a0"), ("q1", "t1", "a1")]
+    messages = []
+    for question, thinking, answer in turns:
+        messages += [{"role": "user", "content": question}]
+        messages += [{"role": "assistant", "thinking": thinking, "content": answer}]
+    (tmp_path / "r.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+
+    def trained(multi_turn: str) -> list[str]:
+        found = prepare([str(tmp_path / "r.jsonl")], load_template(tokenizer), DataOptions(multi_turn=multi_turn))
+        return [tokenizer.decode([i for i, w in zip(r.labels, r.loss_weights, strict=True) if w]) for r in found]
+
+    texts = [
+        f"<|channel|>analysis<|message|>{thinking}<|end|><|start|>assistant<|channel|>final<|message|>{answer}<|return|>"
+        for _, thinking, answer in turns
+    ]
+    assert trained("split") == texts
+    assert trained("whole") == texts[1:]

@@ -75,6 +75,12 @@ class DataOptions:
         group="data",
         choices=["delete", "error"],
     )
+    multi_turn: str = opt(
+        "split",
+        "rows with reasoning in earlier turns: split into one sample a turn, or keep whole and train the last turn",
+        group="data",
+        choices=["split", "whole"],
+    )
     on_bad_row: str = opt(
         "error",
         "a row that cannot be read: stop, or skip and count it",

@@ -17,6 +17,7 @@ from ossia.data.sources import BadRow, find_files, read_rows
 from ossia.errors import OssiaError, UsageError
 from ossia.template.base import Template
 from ossia.template.messages import Conversation, Rendered
+from ossia.template.turns import split_turns
 
 _CJK = re.compile(r"[\u3400-\u9fff]")
 _PLACEHOLDER = re.compile(r"\{\{\s*(name|author)\s*\}\}", re.IGNORECASE)
@@ -44,6 +45,8 @@ class Counts:
     too_long: int = 0
     untrained: int = 0
     filled: int = 0
+    samples: int = 0
+    split: int = 0
     tokens: int = 0
     trained: int = 0
     longest: int = 0
@@ -51,16 +54,16 @@ class Counts:
 
     def lines(self, label: str, options: DataOptions) -> list[str]:
         """What is said to the user."""
-        rows = sum(self.formats.values())
-        kept = rows - self.too_long - self.untrained
         kinds = ", ".join(f"{count:,} {name}" for name, count in self.formats.items())
         share = self.trained / max(self.tokens, 1)
         lines = [
-            f"{label}: {kept:,} rows ({kinds}), {self.tokens:,} tokens, {self.trained:,} carry loss ({share:.0%}), "
-            f"longest {self.longest:,}"
+            f"{label}: {self.samples:,} samples from {kinds} rows, {self.tokens:,} tokens, "
+            f"{self.trained:,} carry loss ({share:.0%}), longest {self.longest:,}"
         ]
         if self.bad:
             lines.append(f"{label}: {self.bad:,} bad rows skipped, first: {self.first_bad}")
+        if self.split:
+            lines.append(f"{label}: {self.split:,} rows with reasoning in earlier turns split into one sample a turn")
         if self.too_long:
             lines.append(f"{label}: {self.too_long:,} rows longer than --max_length {options.max_length} dropped")
         if self.untrained:
@@ -99,7 +102,7 @@ def render_rows(
     names: list[str], options: DataOptions, template: Template, counts: Counts, flag: str = "--dataset"
 ) -> Iterator[tuple[Conversation, Rendered]]:
     """Each usable row as conversation and tokens; `counts` tells of the rest."""
-    for conversation in conversations(names, options, counts, flag):
+    for conversation in _samples(names, options, counts, flag):
         try:
             if not any(message.role == "assistant" for message in conversation.messages):
                 raise _Untrained(
@@ -128,10 +131,18 @@ def render_rows(
                 )
             counts.too_long += 1
             continue
+        counts.samples += 1
         counts.tokens += length
         counts.trained += sum(weight > 0 for weight in rendered.loss_weights)
         counts.longest = max(counts.longest, length)
         yield conversation, rendered
+
+
+def _samples(names: list[str], options: DataOptions, counts: Counts, flag: str) -> Iterator[Conversation]:
+    for conversation in conversations(names, options, counts, flag):
+        parts = split_turns(conversation) if options.multi_turn == "split" else [conversation]
+        counts.split += len(parts) > 1
+        yield from parts
 
 
 def conversations(
