@@ -34,7 +34,8 @@ def check(config: CheckConfig) -> None:
     else:
         _print_check(report)
     if report.bad:
-        raise OssiaError(f"{report.bad:,} bad rows; mend them, or train without them: --on_bad_row skip")
+        rows = "1 row" if report.bad == 1 else f"{report.bad:,} rows"
+        raise OssiaError(f"{rows} cannot be read; mend them, or leave them out with --on_bad_row skip")
 
 
 def stats(config: StatsConfig) -> None:
@@ -180,9 +181,9 @@ def _print_stats(report: Report) -> None:
 
     _title(console, "Turns per row")
     _bars(console, [(str(turns), rows, "") for turns, rows in sorted(report.turns.items())[:_BINS]])
-    _title(console, "Script that most letters of a row are of")
+    _title(console, "Rows by main script, and its share of all letters")
     letters = report.letters.total()
-    shares = {name: f"{report.letters[name] / letters:.1%} of letters" for name in report.scripts if letters}
+    shares = {name: f"{report.letters[name] / letters:.1%}" for name in report.scripts if letters}
     _bars(console, [(name, rows, shares.get(name, "")) for name, rows in report.scripts.most_common(8)])
     if report.reasoning_languages:
         _title(console, "reasoning_language")

@@ -100,7 +100,7 @@ def _bars(report: Report) -> dict[str, list[tuple[str, int, str]]]:
     return {
         "formats": [(name, rows, "") for name, rows in report.formats.most_common()],
         "turns": [(str(turns), rows, "") for turns, rows in sorted(report.turns.items())[:_MOST_BARS]],
-        "scripts": [(name, rows, f"{report.letters[name] / letters:.1%} of letters") for name, rows in scripts],
+        "scripts": [(name, rows, f"{report.letters[name] / letters:.1%}") for name, rows in scripts],
         "languages": [(name, rows, "") for name, rows in report.reasoning_languages.most_common(_MOST_BARS)],
     }
 
