@@ -31,6 +31,12 @@ COMMANDS = {
         "ossia.data.preview:run",
         "show rows, tokens and which of them carry loss",
     ),
+    "data check": Command(
+        "ossia.config:CheckConfig", "ossia.data.check:check", "find bad, long, repeated and untrained rows"
+    ),
+    "data stats": Command(
+        "ossia.config:StatsConfig", "ossia.data.check:stats", "lengths, languages, trained tokens, packing"
+    ),
     "sft": Command("ossia.config:SftConfig", "ossia.train.run:run", "fine-tune with LoRA"),
     "infer": Command(
         "ossia.config:InferConfig", "ossia.infer.run:run", "talk to a model, or answer the rows of a file"

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from ossia.config import DemoConfig, ExportConfig, InferConfig, PreviewConfig, SftConfig
+from ossia.config import CheckConfig, DemoConfig, ExportConfig, InferConfig, PreviewConfig, SftConfig, StatsConfig
 from ossia.errors import UsageError
 
 
@@ -29,7 +29,9 @@ def test_flags_of_sft_are_pinned():
     )
 
 
-@pytest.mark.parametrize("cls", [SftConfig, InferConfig, ExportConfig, DemoConfig, PreviewConfig])
+@pytest.mark.parametrize(
+    "cls", [SftConfig, InferConfig, ExportConfig, DemoConfig, PreviewConfig, CheckConfig, StatsConfig]
+)
 def test_every_field_has_help_and_a_group_that_is_shown(cls):
     for field in dataclasses.fields(cls):
         assert field.metadata["help"], field.name

@@ -1,10 +1,19 @@
 """Options of the commands, one class each; importable without torch."""
 
 from ossia.config.base import Config
-from ossia.config.data import PreviewConfig
+from ossia.config.data import CheckConfig, PreviewConfig, StatsConfig
 from ossia.config.demo import DemoConfig
 from ossia.config.export import ExportConfig
 from ossia.config.infer import InferConfig
 from ossia.config.sft import SftConfig
 
-__all__ = ["Config", "DemoConfig", "ExportConfig", "InferConfig", "PreviewConfig", "SftConfig"]
+__all__ = [
+    "CheckConfig",
+    "Config",
+    "DemoConfig",
+    "ExportConfig",
+    "InferConfig",
+    "PreviewConfig",
+    "SftConfig",
+    "StatsConfig",
+]

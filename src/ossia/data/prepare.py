@@ -6,7 +6,7 @@ import random
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class TokenRow:
 
 @dataclass
 class Counts:
-    """What became of the rows."""
+    """What became of the rows. `on_bad` is told of each bad row that is skipped."""
 
     formats: Counter[str] = field(default_factory=Counter)
     bad: int = 0
@@ -51,6 +51,7 @@ class Counts:
     trained: int = 0
     longest: int = 0
     shortest: int = 0
+    on_bad: Callable[[BadRow], None] | None = None
 
     def lines(self, label: str, options: DataOptions) -> list[str]:
         """What is said to the user."""
@@ -190,6 +191,8 @@ def _bad(error: BadRow, options: DataOptions, counts: Counts) -> None:
         raise BadRow(f"{error} (skip bad rows with --on_bad_row skip)")
     counts.bad += 1
     counts.first_bad = counts.first_bad or str(error)
+    if counts.on_bad:
+        counts.on_bad(error)
 
 
 def _fill(conversation: Conversation, options: DataOptions) -> bool:

@@ -5,53 +5,39 @@ from __future__ import annotations
 import json
 import sys
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any
 
 from ossia.config import PreviewConfig
+from ossia.data.page import write_page
 from ossia.data.prepare import Counts, render_rows
 from ossia.data.sources import find_files
+from ossia.data.tokens import open_template, pieces
 from ossia.errors import OssiaError
-from ossia.model.folder import resolve_model
-from ossia.model.tokenizer import load_tokenizer
 from ossia.template.messages import Conversation, Rendered
-from ossia.template.options import template_from
 
 
 def run(config: PreviewConfig) -> None:
-    """Print `config.rows` rows."""
-    assert config.model is not None
+    """Print `config.rows` rows, or write them to a page."""
     find_files(config.dataset)
-    tokenizer = load_tokenizer(resolve_model(config.model, weights=False))
-    template = template_from(tokenizer, config)
+    tokenizer, template = open_template(config)
     counts = Counts()
-    found = render_rows(config.dataset, config, template, counts)
-    for number, (conversation, rendered) in enumerate(islice(found, config.rows or None), start=1):
-        if config.format == "json":
-            sys.stdout.write(json.dumps(_as_json(tokenizer, rendered), ensure_ascii=False) + "\n")
-        else:
-            _print(number, conversation, rendered, tokenizer)
+    found = islice(render_rows(config.dataset, config, template, counts), config.rows or None)
+    if config.html:
+        if rows := list(found):
+            write_page(Path(config.html).expanduser(), tokenizer, rows, config)
+            print(f"wrote {config.html}", file=sys.stderr)
+    else:
+        for number, (conversation, rendered) in enumerate(found, start=1):
+            if config.format == "json":
+                sys.stdout.write(json.dumps(_as_json(tokenizer, rendered), ensure_ascii=False) + "\n")
+            else:
+                _print(number, conversation, rendered, tokenizer)
     if not counts.tokens:
         raise OssiaError(
             f"no row to show: {counts.bad} bad, {counts.too_long} over --max_length {config.max_length}, "
             f"{counts.untrained} without loss"
         )
-
-
-def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """One text per token; together they are the whole text. Where tokens share a character, the last has it."""
-    texts: list[str] = []
-    held: list[int] = []
-    for token in ids:
-        held.append(token)
-        text = tokenizer.decode(held, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd") and len(held) < 8:
-            texts.append("")
-            continue
-        texts.append(text)
-        held = []
-    if held:
-        texts[-1] = tokenizer.decode(held, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return texts
 
 
 def _as_json(tokenizer: Any, rendered: Rendered) -> dict[str, Any]:

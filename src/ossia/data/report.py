@@ -1,0 +1,371 @@
+"""What there is to say of a data set, collected in one pass: hashes and lengths are kept, rows are not."""
+
+from __future__ import annotations
+
+import re
+import time
+import unicodedata
+from array import array
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ossia.config.parts import DataOptions
+from ossia.data.prepare import Counts, conversations
+from ossia.data.sources import BadRow, Row, read_rows
+from ossia.errors import OssiaError, UsageError
+from ossia.template.base import Template
+from ossia.template.messages import Conversation, Rendered
+
+SHOWN_BAD = 20
+PERCENTILES = (50, 90, 95, 99)
+
+_FEW = 3
+_KINDS = 200
+_OTHER = "(others)"
+_PLACE = re.compile(r"^(?P<source>.*?(?::\d+| row \d+)?): (?P<reason>.*)$", re.DOTALL)
+_KEY = re.compile(
+    r"^(?:no key '(?P<missing>[^']+)'|(?P<path>[a-z_]+(?:\[\d+\])?(?:\.\w+(?:\[\d+\])?)*)(?=:| is ))", re.ASCII
+)
+_LEFT = re.compile(r"\{\{\s*([^{}\n]{1,60}?)\s*\}\}")
+_EMPTY_THINK = re.compile(r"\s*<think>\s*</think>")
+_REASONING = ("thinking", "reasoning_content", "analysis")
+_ANSWERS = ("content", "value", "output", "final")
+
+
+class Bad(NamedTuple):
+    """A bad row: its place, the key where the message names one, and why."""
+
+    source: str
+    key: str | None
+    reason: str
+
+
+class Bin(NamedTuple):
+    """Rows of `start` to `end` - 1 tokens; the last bin of a histogram takes longer rows too."""
+
+    start: int
+    end: int
+    rows: int
+
+
+class Packing(NamedTuple):
+    """Rows packed together: how many sequences, and the share of them that holds tokens."""
+
+    packs: int
+    fill: float
+
+
+@dataclass
+class Found:
+    """How many rows have something, and where the first few are."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, source: str) -> None:
+        """Count one row."""
+        self.count += 1
+        if len(self.first) < _FEW:
+            self.first.append(source)
+
+
+@dataclass
+class Share:
+    """Tokens, and how many of them carry loss."""
+
+    tokens: int = 0
+    trained: int = 0
+
+    @property
+    def share(self) -> float:
+        """Trained tokens of all tokens."""
+        return self.trained / max(self.tokens, 1)
+
+
+@dataclass
+class Report:
+    """The figures. Lengths are of every rendered row; tokens and turns only of rows that a run would use."""
+
+    files: list[str]
+    max_length: int
+    rows: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    bad: int = 0
+    bad_rows: list[Bad] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    too_long: Found = field(default_factory=Found)
+    untrained: Found = field(default_factory=Found)
+    duplicates: Found = field(default_factory=Found)
+    repeated_questions: Found = field(default_factory=Found)
+    placeholders: Found = field(default_factory=Found)
+    placeholder_names: Counter[str] = field(default_factory=Counter)
+    empty_reasoning: Found = field(default_factory=Found)
+    usable: int = 0
+    lengths: array[int] = field(default_factory=lambda: array("i"))
+    channels: dict[str, Share] = field(default_factory=dict)
+    turns: Counter[int] = field(default_factory=Counter)
+    letters: Counter[str] = field(default_factory=Counter)
+    scripts: Counter[str] = field(default_factory=Counter)
+    reasoning_languages: Counter[str] = field(default_factory=Counter)
+    render_seconds: float = 0.0
+    kept: list[tuple[Conversation, Rendered]] = field(default_factory=list)
+
+    @property
+    def total(self) -> Share:
+        """All tokens of usable rows."""
+        shares = self.channels.values()
+        return Share(sum(s.tokens for s in shares), sum(s.trained for s in shares))
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rendering alone, on one core."""
+        return len(self.lengths) / self.render_seconds if self.render_seconds else 0.0
+
+    def percentiles(self) -> dict[str, int]:
+        """Length of the shortest row, of rows at some shares, and of the longest, in tokens."""
+        ordered = sorted(self.lengths)
+        if not ordered:
+            return {}
+        middle = {f"p{p}": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in PERCENTILES}
+        return {"min": ordered[0], **middle, "max": ordered[-1]}
+
+    def packing(self) -> Packing:
+        """What packing usable rows into sequences of `max_length` would give."""
+        return estimate_packing([length for length in self.lengths if length <= self.max_length], self.max_length)
+
+    def check_values(self) -> dict[str, Any]:
+        """The object of `check --format json`."""
+        return {
+            "files": self.files,
+            "rows": self.rows,
+            "usable": self.usable,
+            "formats": dict(self.formats),
+            "bad": {
+                "count": self.bad,
+                "first": [bad._asdict() for bad in self.bad_rows],
+                "reasons": dict(self.reasons.most_common()),
+            },
+            "max_length": self.max_length,
+            "too_long": vars(self.too_long),
+            "untrained": vars(self.untrained),
+            "duplicates": vars(self.duplicates),
+            "repeated_questions": vars(self.repeated_questions),
+            "placeholders": {**vars(self.placeholders), "names": dict(self.placeholder_names.most_common())},
+            "empty_reasoning": vars(self.empty_reasoning),
+        }
+
+    def stats_values(self) -> dict[str, Any]:
+        """The object of `stats --format json`."""
+        total = self.total
+        return {
+            "files": self.files,
+            "rows": self.rows,
+            "usable": self.usable,
+            "bad": self.bad,
+            "too_long": self.too_long.count,
+            "untrained": self.untrained.count,
+            "tokens": total.tokens,
+            "trained_tokens": total.trained,
+            "trained_share": round(total.share, 4),
+            "channels": {name or "prompt": vars(share) for name, share in self.channels.items()},
+            "max_length": self.max_length,
+            "lengths": self.percentiles(),
+            "histogram": [part._asdict() for part in histogram(self.lengths, 20)],
+            "turns": {str(turns): rows for turns, rows in sorted(self.turns.items())},
+            "letters": dict(self.letters.most_common()),
+            "scripts": dict(self.scripts.most_common()),
+            "reasoning_languages": dict(self.reasoning_languages.most_common()),
+            "packing": self.packing()._asdict(),
+            "render_rows_per_second": round(self.rows_per_second, 1),
+        }
+
+
+def scan(files: Sequence[Path]) -> Report:
+    """A report with what only the raw rows tell: how many there are, blank reasoning, `reasoning_language`."""
+    report = Report([str(file) for file in files], 0)
+    for file in files:
+        try:
+            for row in read_rows(file):
+                report.rows += 1
+                if isinstance(row, Row) and isinstance(row.value, dict):
+                    if _blank_reasoning(row.value):
+                        report.empty_reasoning.add(row.source)
+                    if isinstance(language := row.value.get("reasoning_language"), str):
+                        _count(report.reasoning_languages, language)
+        except BadRow:
+            continue  # `collect` reads the file again and reports it
+    return report
+
+
+def collect(
+    report: Report,
+    files: Sequence[Path],
+    options: DataOptions,
+    template: Template,
+    *,
+    keep: int = 0,
+    advance: Callable[[float], None] = lambda rows: None,
+) -> Report:
+    """Render every row of `files` into `report`, which `scan` made; the first `keep` are kept as they are."""
+    report.max_length = options.max_length
+    collector = _Collector(report, template, keep, advance)
+    counts = Counts(report.formats, on_bad=collector.bad)
+    for file in files:
+        try:
+            for conversation in conversations([str(file)], options, counts):
+                collector.add(conversation)
+        except BadRow as error:
+            collector.bad(error)
+    return report
+
+
+class _Collector:
+    def __init__(self, report: Report, template: Template, keep: int, advance: Callable[[float], None]) -> None:
+        self.report, self.template, self.keep, self.advance = report, template, keep, advance
+        self.seen: set[bytes] = set()
+        self.asked: set[bytes] = set()
+
+    def bad(self, error: BadRow) -> None:
+        report, bad = self.report, _bad(error)
+        report.bad += 1
+        _count(report.reasons, re.sub(r"\d+", "N", bad.reason))
+        if len(report.bad_rows) < SHOWN_BAD:
+            report.bad_rows.append(bad)
+        self.advance(1)
+
+    def add(self, conversation: Conversation) -> None:
+        report = self.report
+        started = time.perf_counter()
+        rendered: Rendered | None = None
+        try:
+            if any(message.role == "assistant" for message in conversation.messages):
+                rendered = self.template.render(conversation)
+        except UsageError:
+            raise
+        except OssiaError as error:
+            self.bad(BadRow(f"{conversation.source}: {error}"))
+            return
+        report.render_seconds += time.perf_counter() - started
+        self._repeats(conversation)
+        self._placeholders(conversation)
+        if rendered is None or not any(rendered.loss_weights):
+            report.untrained.add(conversation.source)
+        else:
+            report.lengths.append(len(rendered.input_ids))
+            if len(rendered.input_ids) > report.max_length:
+                report.too_long.add(conversation.source)
+            else:
+                self._measure(conversation, rendered)
+            if len(report.kept) < self.keep:
+                report.kept.append((conversation, rendered))
+        self.advance(1)
+
+    def _measure(self, conversation: Conversation, rendered: Rendered) -> None:
+        report = self.report
+        report.usable += 1
+        for channel, tokens in Counter(rendered.channels).items():
+            report.channels.setdefault(channel, Share()).tokens += tokens
+        trained = Counter(c for c, weight in zip(rendered.channels, rendered.loss_weights, strict=True) if weight > 0)
+        for channel, tokens in trained.items():
+            report.channels[channel].trained += tokens
+        report.turns[sum(message.role == "user" for message in conversation.messages)] += 1
+        letters: Counter[str] = Counter()
+        texts = chain.from_iterable((m.content, m.thinking or "") for m in conversation.messages if m.role != "tool")
+        for char, count in Counter("".join(texts)).items():
+            if char.isalpha():
+                letters[_script(char)] += count
+        report.letters.update(letters)
+        if letters:
+            _count(report.scripts, letters.most_common(1)[0][0])
+
+    def _repeats(self, conversation: Conversation) -> None:
+        report = self.report
+        row = _hash(repr((conversation.messages, conversation.tools, conversation.reasoning_effort)))
+        question = next((m.content.strip() for m in conversation.messages if m.role == "user"), None)
+        asked = None if question is None else _hash(question)
+        if row in self.seen:
+            report.duplicates.add(conversation.source)
+        elif asked is not None and asked in self.asked:
+            report.repeated_questions.add(conversation.source)
+        self.seen.add(row)
+        if asked is not None:
+            self.asked.add(asked)
+
+    def _placeholders(self, conversation: Conversation) -> None:
+        texts = chain.from_iterable((m.content, m.thinking or "") for m in conversation.messages)
+        names = {name for text in texts if "{{" in text for name in _LEFT.findall(text)}
+        if names:
+            self.report.placeholders.add(conversation.source)
+            for name in names:
+                _count(self.report.placeholder_names, name)
+
+
+def estimate_packing(lengths: Sequence[int], max_length: int) -> Packing:
+    """Longest row first, each into the fullest sequence that still has room for it."""
+    rooms: list[int] = []
+    packs = 0
+    for length in sorted(lengths, reverse=True):
+        place = bisect_left(rooms, length)
+        if place < len(rooms):
+            room = rooms.pop(place)
+        else:
+            room = max_length
+            packs += 1
+        insort(rooms, room - length)
+    return Packing(packs, sum(lengths) / (packs * max_length) if packs else 0.0)
+
+
+def histogram(lengths: Sequence[int], bins: int) -> list[Bin]:
+    """At most `bins` bins of a round width; a few rows far longer than the others share the last one."""
+    if not lengths:
+        return []
+    ordered = sorted(lengths)
+    top = min(ordered[-1], 2 * ordered[(len(ordered) - 1) * 99 // 100]) + 1
+    width = next(step * 10**power for power in range(9) for step in (1, 2, 5) if step * 10**power * bins >= top)
+    starts = range(ordered[0] // width * width, top, width)
+    edges = [bisect_left(ordered, start) for start in starts] + [len(ordered)]
+    ends = [*starts[1:], max(starts[-1] + width, ordered[-1] + 1)]
+    return [Bin(*part) for part in zip(starts, ends, (b - a for a, b in pairwise(edges)), strict=True)]
+
+
+def _bad(error: BadRow) -> Bad:
+    found = _PLACE.match(str(error))
+    if not found:
+        return Bad("", None, str(error))
+    key = _KEY.match(found["reason"])
+    return Bad(found["source"], (key["missing"] or key["path"]) if key else None, found["reason"])
+
+
+def _blank_reasoning(row: dict[str, Any]) -> bool:
+    """Reasoning that is there and says nothing."""
+    entries = [row]
+    for key in ("messages", "conversations"):
+        if isinstance(turns := row.get(key), list):
+            entries += [turn for turn in turns if isinstance(turn, dict) and turn.get("role") in (None, "assistant")]
+    return any(
+        any(isinstance(text := entry.get(key), str) and not text.strip() for key in _REASONING)
+        or any(isinstance(text := entry.get(key), str) and _EMPTY_THINK.match(text) for key in _ANSWERS)
+        for entry in entries
+    )
+
+
+@lru_cache(maxsize=65536)
+def _script(char: str) -> str:
+    """The writing system of a letter, from its Unicode name."""
+    word = unicodedata.name(char, "other").split()[0]
+    return {"CJK": "Chinese characters", "HIRAGANA": "Kana", "KATAKANA": "Kana"}.get(word, word.capitalize())
+
+
+def _hash(text: str) -> bytes:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _count(counter: Counter[str], key: str) -> None:
+    counter[key if key in counter or len(counter) < _KINDS else _OTHER] += 1
