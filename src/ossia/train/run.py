@@ -155,7 +155,10 @@ def _train(config: SftConfig, tokenizer: Any, template: Any, rows: list[TokenRow
         raise OssiaError(_out_of_memory(config, error)) from error
     finally:
         trackers.finish(status)
-    return _result(config, trainer, run_dir)
+    result = _result(config, trainer, run_dir)
+    # Left to the interpreter's end, gloo's threads can abort the process.
+    state.destroy_process_group()
+    return result
 
 
 def _trainer(
