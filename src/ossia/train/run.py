@@ -155,10 +155,7 @@ def _train(config: SftConfig, tokenizer: Any, template: Any, rows: list[TokenRow
         raise OssiaError(_out_of_memory(config, error)) from error
     finally:
         trackers.finish(status)
-    result = _result(config, trainer, run_dir)
-    # Left to the interpreter's end, gloo's threads can abort the process.
-    state.destroy_process_group()
-    return result
+    return _result(config, trainer, run_dir)
 
 
 def _trainer(
