@@ -27,7 +27,7 @@ def data(tmp_path, tiny_gpt_oss):
 
 def test_check_of_good_rows(ossia, data):
     out = ossia.ok(*data("check", GOOD))
-    assert "1 rows" in out
+    assert "a.jsonl: 1 row, 1 can be trained on" in out
     assert "\x1b" not in out
     assert max(map(len, out.splitlines())) <= 80
 
@@ -59,7 +59,7 @@ def test_check_json_with_bad_rows(ossia, data):
 def test_stats(ossia, data):
     out = ossia.ok(*data("stats", GOOD * 3 + "nonsense\n"))
     assert "carry loss" in out
-    assert "packed to 4,096: 3 rows in 1 sequences" in out
+    assert "packed to 4,096: 3 rows in 1 sequence," in out
     assert "\x1b" not in out
     nothing = ossia(*data("stats", "nonsense\n"))
     assert nothing.returncode == 1

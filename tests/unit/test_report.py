@@ -24,7 +24,7 @@ def report(tmp_path, template):
 
     def build(*rows: object, keep: int = 0, **options) -> Report:
         path = tmp_path / "a.jsonl"
-        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         files = find_files([str(path)])
         return collect(scan(files), files, DataOptions(on_bad_row="skip", **options), template, keep=keep)
@@ -93,6 +93,13 @@ def test_repeats_placeholders_long_untrained_and_blank_reasoning(report):
 def test_filled_placeholders_are_not_left(report):
     found = report({"instruction": "Who?", "output": "{{NAME}}"}, model_name=["Ossia"])
     assert found.placeholders.count == 0
+
+
+def test_words_of_rows_cannot_steer_a_terminal(report):
+    found = report({"instruction": "q", "output": "{{\x1b[2J\ud800}}", "reasoning_language": "\x1b[1m"})
+    assert list(found.reasoning_languages) == ["?[1m"]
+    found = report({"instruction": "q", "output": "{{\x1b[2J}}"})
+    assert list(found.placeholder_names) == ["?[2J"]
 
 
 def test_tokens_by_channel_turns_and_scripts(report, template):

@@ -127,7 +127,8 @@ def _title(console: Console, text: str) -> None:
 def _head(console: Console, report: Report) -> None:
     files = f"{len(report.files)} files" if len(report.files) > 1 else report.files[0]
     kinds = ", ".join(f"{count:,} {name}" for name, count in report.formats.most_common()) or "none readable"
-    console.print(f"{files}: {report.rows:,} rows, {report.usable:,} can be trained on", style="bold", soft_wrap=True)
+    rows = "1 row" if report.rows == 1 else f"{report.rows:,} rows"
+    console.print(f"{files}: {rows}, {report.usable:,} can be trained on", style="bold", soft_wrap=True)
     console.print(f"formats: {kinds}", soft_wrap=True)
 
 
@@ -175,8 +176,8 @@ def _print_stats(report: Report) -> None:
         table.add_row(channel or "prompt", f"{share.tokens:,}", f"{share.trained:,}", f"{share.share:.1%}")
     console.print(table)
     console.print(
-        f"packed to {report.max_length:,}: {report.usable:,} rows in {packing.packs:,} sequences, "
-        f"{packing.fill:.1%} full"
+        f"packed to {report.max_length:,}: {report.usable:,} rows in {packing.packs:,} "
+        f"sequence{'s' * (packing.packs != 1)}, {packing.fill:.1%} full"
     )
 
     _title(console, "Turns per row")

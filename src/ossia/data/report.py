@@ -216,7 +216,7 @@ def collect(
     """Render every row of `files` into `report`, which `scan` made; the first `keep` are kept as they are."""
     report.max_length = options.max_length
     collector = _Collector(report, template, keep, advance)
-    counts = Counts(report.formats, on_bad=collector.bad)
+    counts = Counts(formats=report.formats, on_bad=collector.bad)
     for file in files:
         try:
             for conversation in conversations([str(file)], options, counts):
@@ -338,9 +338,9 @@ def histogram(lengths: Sequence[int], bins: int) -> list[Bin]:
 def _bad(error: BadRow) -> Bad:
     found = _PLACE.match(str(error))
     if not found:
-        return Bad("", None, str(error))
+        return Bad("", None, _plain(str(error)))
     key = _KEY.match(found["reason"])
-    return Bad(found["source"], (key["missing"] or key["path"]) if key else None, found["reason"])
+    return Bad(found["source"], (key["missing"] or key["path"]) if key else None, _plain(found["reason"]))
 
 
 def _blank_reasoning(row: dict[str, Any]) -> bool:
@@ -368,4 +368,11 @@ def _hash(text: str) -> bytes:
 
 
 def _count(counter: Counter[str], key: str) -> None:
+    """Count at most `_KINDS` different keys, the rest together."""
+    key = _plain(key)
     counter[key if key in counter or len(counter) < _KINDS else _OTHER] += 1
+
+
+def _plain(text: str) -> str:
+    """Without control characters, which a terminal would obey, and lone surrogates, which cannot be written."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
