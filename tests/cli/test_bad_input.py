@@ -91,5 +91,13 @@ def test_cut_weights_are_named(ossia, files):
     assert not (files / "output").exists()
 
 
+def test_unknown_schedule_is_refused_before_the_run_begins(ossia, files, tiny_gpt_oss):
+    done = ossia("sft", "--model", tiny_gpt_oss, "--dataset", "good.jsonl", "--lr_scheduler_type", "cosin")
+    assert done.returncode == 2
+    assert "cosin is not a valid SchedulerType" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (files / "output").exists()
+
+
 def test_debug_shows_the_traceback(ossia, files):
     assert "Traceback" in ossia("sft", "--model", "./nowhere", "--dataset", "good.jsonl", "--debug").stderr

@@ -58,11 +58,15 @@ class Config:
         """Every option but `config` and `debug`, as plain values that `from_dict` reads back."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("config", "debug")}
 
-    def save(self, path: Path) -> None:
-        """Write the resolved options as YAML; `--config PATH` reads them back exactly."""
+    def to_yaml(self) -> str:
+        """The resolved options as YAML, which `--config` reads back exactly."""
         import yaml
 
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def save(self, path: Path) -> None:
+        """Write `to_yaml` to a file."""
+        path.write_text(self.to_yaml(), encoding="utf-8")
 
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any], origin: str = "options") -> C:

@@ -58,7 +58,7 @@ def run(config: SftConfig) -> SftResult | None:
     template = template_from(tokenizer, config)
     rows, held = _data(config, template)
     if config.dry_run:
-        _print_config(config)
+        say(config.to_yaml().rstrip())
         return None
     return _train(config, tokenizer, template, rows, held)
 
@@ -102,6 +102,7 @@ def _train(config: SftConfig, tokenizer: Any, template: Any, rows: list[TokenRow
     quiet_libraries()
     device = pick_device(config.device)
     dtype = pick_dtype(config.torch_dtype, device)
+    args = training_arguments(config, bool(held), dtype == torch.bfloat16, device.type == "cpu")
     state = PartialState(cpu=device.type == "cpu")
     set_seed(config.seed)
     model = load_model(
@@ -139,7 +140,8 @@ def _train(config: SftConfig, tokenizer: Any, template: Any, rows: list[TokenRow
         swanlab_workspace=config.swanlab_workspace,
         say=say,
     )
-    trainer = _trainer(config, wrapped, tokenizer, template, rows, held, run_dir, trackers, dtype)
+    args.output_dir = str(run_dir)
+    trainer = _trainer(config, args, wrapped, tokenizer, template, rows, held, trackers)
     say(f"run: {run_dir}")
     status: Status = "failed"
     try:
@@ -160,16 +162,14 @@ def _train(config: SftConfig, tokenizer: Any, template: Any, rows: list[TokenRow
 
 def _trainer(
     config: SftConfig,
+    args: TrainingArguments,
     model: Any,
     tokenizer: Any,
     template: Any,
     rows: list[TokenRow],
     held: list[TokenRow],
-    run_dir: Path,
     trackers: Any,
-    dtype: Any,
 ) -> SftTrainer:
-    import torch
     from transformers import PrinterCallback
 
     from ossia.data.collate import Collator
@@ -179,19 +179,19 @@ def _trainer(
     trainer = SftTrainer(
         model,
         base_model=str(config.model),
-        args=training_arguments(config, run_dir, bool(held), dtype == torch.bfloat16, model.device.type == "cpu"),
+        args=args,
         train_dataset=rows,
         eval_dataset=held or None,
         data_collator=Collator(template.pad_id),
         tokenizer=tokenizer,
-        callbacks=[LinesCallback(), TrackCallback(trackers), LinkCallback(run_dir)],
+        callbacks=[LinesCallback(), TrackCallback(trackers), LinkCallback(Path(str(args.output_dir)))],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def training_arguments(config: SftConfig, run_dir: Path, has_eval: bool, bf16: bool, on_cpu: bool) -> TrainingArguments:
-    """transformers' arguments for a run."""
+def training_arguments(config: SftConfig, has_eval: bool, bf16: bool, on_cpu: bool) -> TrainingArguments:
+    """transformers' arguments for a run; UsageError where a value is none of its own (a schedule, an optimizer)."""
     from transformers import TrainingArguments
 
     same = (
@@ -202,7 +202,7 @@ def training_arguments(config: SftConfig, run_dir: Path, has_eval: bool, bf16: b
     )
     try:
         return TrainingArguments(
-            output_dir=str(run_dir),
+            output_dir=config.output_dir,
             **{name: getattr(config, name) for name in same.split()},
             eval_strategy=config.eval_strategy or ("steps" if has_eval else "no"),
             warmup_steps=config.warmup_steps or config.warmup_ratio,
@@ -268,12 +268,6 @@ def _environment(device: Any) -> dict[str, Any]:
         "system": platform.platform(),
         "device": gpu or f"CPU, {torch.get_num_threads()} threads",
     }
-
-
-def _print_config(config: SftConfig) -> None:
-    import yaml
-
-    say(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True).rstrip())
 
 
 def _out_of_memory(config: SftConfig, error: Exception) -> str:
