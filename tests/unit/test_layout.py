@@ -15,6 +15,7 @@ ORDER = [
     "errors",
     "compat",
     "console",
+    "cache",
     "config",
     "template",
     "kernels",

@@ -52,7 +52,6 @@ class PreviewConfig(DataCommand):
 class CheckConfig(DataCommand):
     """Read everything and say what is wrong with it."""
 
-    truncation: str = opt("delete", "rows over --max_length are counted", group="data", choices=["delete"])
     on_bad_row: str = opt("skip", "rows that cannot be read are counted", group="data", choices=["skip"])
 
 

@@ -67,13 +67,22 @@ class TemplateOptions:
 class DataOptions:
     """Where rows come from and what is done with long or bad ones."""
 
-    dataset: list[str] = opt([], "JSON or JSONL files, or folders of them", group="data")
+    dataset: list[str] = opt(
+        [],
+        "files, folders or globs (.json .jsonl .csv .parquet), hf::org/name[:split] or ms::org/name[:split]; "
+        "#N behind one draws N rows, *0.3 takes 0.3 times its rows",
+        group="data",
+    )
+    columns: dict = opt(
+        {}, "names of your columns for those that formats know, such as '{\"text1\": \"query\"}'", group="data"
+    )
     max_length: int = opt(4096, "tokens a row may have", group="data")
     truncation: str = opt(
         "delete",
-        "rows over --max_length: drop and count them, or stop",
+        "rows over --max_length: drop, drop their oldest turns (left), cut their end (right), or stop; all but the "
+        "last are counted",
         group="data",
-        choices=["delete", "error"],
+        choices=["delete", "left", "right", "error"],
     )
     multi_turn: str = opt(
         "split",
@@ -87,9 +96,15 @@ class DataOptions:
         group="data",
         choices=["error", "skip"],
     )
+    seed: int = opt(42, "seed of all that is drawn: rows, their order, held-out rows, adapters, dropout", group="data")
     model_name: list[str] = opt([], "fills {{NAME}} in rows; two values: for Chinese rows, for others", group="data")
     model_author: list[str] = opt([], "fills {{AUTHOR}} in rows; likewise", group="data")
 
     def validate_data(self) -> None:
         if self.max_length < 1:
             raise UsageError(f"--max_length is {self.max_length}; it must be at least 1 token")
+        for old, new in self.columns.items():
+            if not isinstance(new, str):
+                raise UsageError(f"--columns: {old!r} has {new!r}; a name is needed")
+        if len(set(self.columns.values())) < len(self.columns):
+            raise UsageError("--columns gives one name to two columns")

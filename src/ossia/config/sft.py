@@ -26,7 +26,15 @@ class SftConfig(DataOptions, TemplateOptions, ModelOptions, Config):
     }
 
     val_dataset: list[str] = opt([], "rows held out for evaluation; same forms as --dataset", group="data")
-    split_dataset_ratio: float = opt(0.0, "share of --dataset held out when --val_dataset is not given", group="data")
+    split_dataset_ratio: float = opt(
+        0.0, "share of --dataset held out when --val_dataset is not given; near duplicates stay on one side", group="data"
+    )
+    packing: bool = opt(False, "several rows in one sequence, each seeing only itself", group="data")
+    packing_length: int | None = opt(None, "tokens of a packed sequence; default: --max_length", group="data")
+    load_from_cache_file: bool = opt(True, "reuse rows tokenised before, if nothing changed", group="data")
+    dataset_num_proc: int | None = opt(
+        None, "processes that tokenise; default: every core for 2,000 rows or more", group="data"
+    )
 
     train_type: str = opt("lora", "what is trained", group="lora", choices=["lora"])
     lora_rank: int = opt(8, "rank r of every adapter", group="lora")
@@ -61,7 +69,6 @@ class SftConfig(DataOptions, TemplateOptions, ModelOptions, Config):
     optim: str = opt("adamw_torch", "optimizer, by transformers' name", group="train")
     gradient_checkpointing: bool = opt(True, "recompute layers in backward to save memory", group="train")
     dataloader_num_workers: int = opt(0, "processes that assemble batches", group="train")
-    seed: int = opt(42, "seed of data order, adapter weights and dropout", group="train")
 
     logging_steps: int = opt(5, "optimizer steps between log lines", group="eval")
     per_device_eval_batch_size: int = opt(1, "rows per device in evaluation", group="eval")
@@ -93,7 +100,6 @@ class SftConfig(DataOptions, TemplateOptions, ModelOptions, Config):
 
     deepspeed: str | None = opt(None, "zero2, zero3 …: sharding of base weights", group="compat")
     use_liger_kernel: bool = opt(False, "fused loss and norms", group="compat")
-    load_from_cache_file: bool = opt(True, "reuse tokenised data", group="compat")
     bf16: bool | None = opt(None, "same as --torch_dtype bfloat16", group="compat")
     fp16: bool | None = opt(None, "refused: gpt-oss overflows in fp16", group="compat")
 
@@ -112,6 +118,15 @@ class SftConfig(DataOptions, TemplateOptions, ModelOptions, Config):
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
+            raise UsageError(f"--dataset_num_proc is {self.dataset_num_proc}; it must be at least 1")
+        if self.packing_length is not None and not self.packing:
+            raise UsageError("--packing_length goes with --packing true")
+        if self.packing_length is not None and self.packing_length < self.max_length:
+            raise UsageError(
+                f"--packing_length {self.packing_length} is shorter than --max_length {self.max_length}; "
+                "a row of that length would fit nowhere"
+            )
         if not 0 <= self.split_dataset_ratio < 1:
             raise UsageError(f"--split_dataset_ratio is {self.split_dataset_ratio}; it must be in [0, 1)")
         if not 0 <= self.lora_dropout < 1:
@@ -142,6 +157,4 @@ class SftConfig(DataOptions, TemplateOptions, ModelOptions, Config):
                 f"--deepspeed {self.deepspeed}: not used; only adapters have gradients and optimizer states, "
                 f"so {processes} processes train data-parallel (DDP)"
             )
-        if not self.load_from_cache_file:
-            notes.append("--load_from_cache_file false: nothing is cached, data is always read anew")
         return notes

@@ -1,96 +1,144 @@
-"""Rows out of files: JSON lists and JSON lines, each row with its place (`file:line`) for messages to people."""
+"""What `--dataset` names: files, folders, globs and hub data sets, and how many of their rows are taken."""
 
 from __future__ import annotations
 
-import json
+import difflib
+import glob
+import re
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from ossia.errors import OssiaError, UsageError
+from ossia.data.hub import HubSet
+from ossia.data.readers import SUFFIXES, Record, count_records, read_records, suffix_of
+from ossia.errors import UsageError
 
-SUFFIXES = (".json", ".jsonl")
-
-
-class Row(NamedTuple):
-    """A row as it stands in its file."""
-
-    value: Any
-    source: str
+_WORD = re.compile(r"(?P<base>.+?)(?:#(?P<rows>\d+))?(?:\*(?P<weight>\d+(?:\.\d+)?))?")
+_KINDS = ", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}"
 
 
-class BadRow(OssiaError):
-    """A row that cannot be read; the message names file, row, key and fix."""
+@dataclass(frozen=True)
+class FileSet:
+    """The rows of one file."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.path)
+
+    def count(self) -> int:
+        """How many records `records` yields."""
+        return count_records(self.path)
+
+    def records(self) -> Iterator[Record]:
+        """Its rows in order."""
+        return read_records(self.path)
+
+    def digest(self) -> str:
+        """A hash of the bytes."""
+        import hashlib
+
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_files(names: list[str], flag: str = "--dataset") -> list[Path]:
-    """The files that a flag names, folders opened; UsageError where one is missing or empty."""
-    files: list[Path] = []
-    for name in names:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            inner = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-            if not inner:
-                raise UsageError(f"{flag} {name}: no {' or '.join(SUFFIXES)} file in this folder")
-            files += inner
-        elif path.is_file():
-            if path.suffix not in SUFFIXES:
-                raise UsageError(f"{flag} {name}: {path.suffix or 'no suffix'} is not read; give .json or .jsonl")
-            files.append(path)
-        else:
-            raise UsageError(f"{flag} {name}: no such file{_similar(path)}")
+@dataclass(frozen=True)
+class Dataset:
+    """One word after `--dataset`: where its rows are, and how many are taken (`rows` of them, `weight` times)."""
+
+    word: str
+    parts: list[FileSet | HubSet]
+    rows: int | None = None
+    weight: float = 1.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row is taken once."""
+        return self.rows is None and self.weight == 1
+
+    def size(self, total: int) -> int:
+        """How many rows are taken of `total`."""
+        return round((total if self.rows is None else self.rows) * self.weight)
+
+    def records(self, total: int, seed: int) -> Iterator[Record]:
+        """Its rows in order, `size(total)` of them: whole copies, and a seeded sample for what is left over."""
+        records = (record for part in self.parts for record in part.records())
+        if self.whole or not total:
+            yield from records
+            return
+        import numpy
+
+        copies, rest = divmod(self.size(total), total)
+        drawn = numpy.zeros(total, bool)
+        chance = numpy.random.default_rng([seed, zlib.crc32(self.word.encode())])
+        drawn[chance.permutation(total)[:rest]] = True
+        for record, more in zip(records, drawn, strict=False):
+            for _ in range(copies + bool(more)):
+                yield record
+
+
+def find_datasets(words: list[str], flag: str = "--dataset") -> list[Dataset]:
+    """What the words after a flag name; opens no file and nothing remote.
+
+    A word is a file, a folder, a glob, `hf::org/name[:config][:split]` or `ms::org/name[:split]`; behind it `#N` takes
+    N rows drawn by the seed, and `*W` takes W times the rows (0.3: a sample of 30 %; 2: each row twice).
+
+    Raises UsageError where something is missing, empty or of an unknown kind.
+    """
+    return [_dataset(word, flag) for word in words]
+
+
+def _dataset(word: str, flag: str) -> Dataset:
+    whole = Path(word).expanduser()
+    if whole.exists():
+        return Dataset(word, _local(word, flag))
+    found = _WORD.fullmatch(word)
+    assert found is not None, "any text matches"
+    base = found["base"]
+    rows = None if found["rows"] is None else int(found["rows"])
+    weight = 1.0 if found["weight"] is None else float(found["weight"])
+    if rows == 0 or weight == 0:
+        raise UsageError(f"{flag} {word}: takes no rows; leave the word out")
+    if base.startswith(("hf::", "ms::")):
+        return Dataset(word, [HubSet.named(base, flag)], rows, weight)
+    if base.endswith("/") or not (Path(base).expanduser().exists() or glob.has_magic(base)):
+        # `folder/*2` is a glob; so is a name that only looks as if a number of copies followed it.
+        base, rows, weight = (word, None, 1.0) if glob.has_magic(word) else (base, rows, weight)
+    return Dataset(word, _local(base, flag), rows, weight)
+
+
+def _local(name: str, flag: str) -> list[FileSet | HubSet]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if suffix_of(file))
+        if not files:
+            raise UsageError(f"{flag} {name}: no {_KINDS} file in this folder")
+    elif path.is_file():
+        files = [path]
+    elif glob.has_magic(name):
+        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
+        if not files:
+            raise UsageError(f"{flag} {name}: no file matches")
+    else:
+        raise UsageError(f"{flag} {name}: no such file{_similar(path)}")
     for file in files:
+        if not suffix_of(file):
+            raise UsageError(
+                f"{flag} {file}: {file.suffix or 'a name without suffix'} is not read; give {_KINDS}, "
+                "as they are or packed (.gz, .zst)"
+            )
         if file.stat().st_size == 0:
             raise UsageError(f"{flag} {file}: the file is empty")
-    return files
-
-
-def read_rows(file: Path) -> Iterator[Row | BadRow]:
-    """The rows of a file in order; a line that is not JSON is yielded as the error it makes."""
-    if file.suffix == ".jsonl":
-        return _read_lines(file)
-    return _read_list(file)
-
-
-def _read_lines(file: Path) -> Iterator[Row | BadRow]:
-    with file.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            source = f"{file}:{number}"
-            if not raw.strip():
-                continue
-            try:
-                yield Row(json.loads(raw.decode("utf-8-sig")), source)
-            except UnicodeDecodeError as error:
-                yield BadRow(f"{source}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8")
-            except json.JSONDecodeError as error:
-                yield BadRow(f"{source}: broken JSON at character {error.pos + 1}: {error.msg}")
-            except (RecursionError, ValueError) as error:
-                yield BadRow(f"{source}: not readable as JSON ({error})")
-
-
-def _read_list(file: Path) -> Iterator[Row | BadRow]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadRow(f"{file}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            raise BadRow(
-                f"{file}:{error.lineno}: a second JSON value; rename a file of JSON lines to .jsonl"
-            ) from error
-        raise BadRow(f"{file}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}") from error
-    except (RecursionError, ValueError) as error:
-        raise BadRow(f"{file}: not readable as JSON ({error})") from error
-    if not isinstance(rows, list):
-        raise BadRow(f"{file}: expected a list of rows, got {type(rows).__name__}; put the rows in [ … ]")
-    for number, value in enumerate(rows, start=1):
-        yield Row(value, f"{file} row {number}")
+    return [FileSet(file) for file in files]
 
 
 def _similar(path: Path) -> str:
-    import difflib
-
     if not path.parent.is_dir():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            return f" (and no folder {path.parent}); a data set on the Hugging Face hub is written hf::{path}"
         return f" (and no folder {path.parent})"
     close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else ""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
+from ossia.cache import cache_dir
 from ossia.compat import bars_on_terminals_only, quiet_libraries, save_tensors
 from ossia.console import Advance, progress, say
 from ossia.errors import OssiaError
@@ -109,14 +109,6 @@ class Source:
     tokenizer: Any
     gguf: str
     license: str | None
-
-
-def cache_dir() -> Path:
-    """Where downloads and built models are kept: $OSSIA_CACHE, else $XDG_CACHE_HOME/ossia, else ~/.cache/ossia."""
-    if own := os.environ.get("OSSIA_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "ossia"
 
 
 def ensure_base(cache: Path | None = None) -> Path:

@@ -7,7 +7,8 @@ from typing import Any
 from ossia.errors import OssiaError, UsageError, nearest
 from ossia.template.base import LossWeights, Template, parse_loss_scale
 from ossia.template.generic import GenericTemplate
-from ossia.template.harmony import EFFORTS, HarmonyTemplate, missing_tokens
+from ossia.template.harmony import HarmonyTemplate, missing_tokens
+from ossia.template.messages import EFFORTS
 
 __all__ = ["LossWeights", "Template", "load_template", "parse_loss_scale"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -47,6 +48,10 @@ class Template(Protocol):
     name: str
     stop_ids: list[int]
     pad_id: int
+
+    def fingerprint(self) -> str:
+        """A text that differs where tokens or weights of a row would: tokenizer, settings, loss weights."""
+        ...
 
     def render(self, conversation: Conversation) -> Rendered:
         """Tokens of a training row; all weights are 0 where nothing in it is trained."""
@@ -104,6 +109,18 @@ def _weight(value: str, text: str) -> float:
     if not 0 <= weight < math.inf:
         raise UsageError(f"--loss_scale {text}: reasoning:{value} is no weight; write for example reasoning:0.3")
     return weight
+
+
+def digest(tokenizer: Any, *settings: object) -> str:
+    """`Template.fingerprint` of a tokenizer and the settings beside it."""
+    words = tokenizer.backend_tokenizer.to_str().encode()
+    return hashlib.sha256(words + repr((tokenizer.eos_token_id, *settings)).encode()).hexdigest()
+
+
+def plain_text(ids: list[int], end: int) -> Rendered:
+    """A row of plain text: every token is trained, and so is the token that ends it."""
+    ids = [*ids, end]
+    return Rendered(ids, ids.copy(), [1.0] * len(ids), ["text"] * len(ids))
 
 
 class TextStream:

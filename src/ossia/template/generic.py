@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from ossia.errors import OssiaError
-from ossia.template.base import LossWeights, TextStream
+from ossia.template.base import LossWeights, TextStream, digest, plain_text
 from ossia.template.messages import Conversation, Message, Rendered, Reply
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -88,11 +88,19 @@ class GenericTemplate:
             )
         self.pad_id: int = self.stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
+    def fingerprint(self) -> str:
+        """See `Template`."""
+        settings = (self.name, self._source, self.system, self.reasoning_effort, self.model_identity, self.loss)
+        return digest(self.tokenizer, *settings)
+
     def render(self, conversation: Conversation) -> Rendered:
         """Tokens of a training row.
 
         Raises OssiaError where the template refuses the row or changes earlier tokens as the conversation goes on.
         """
+        if conversation.text is not None:
+            eos = self.tokenizer.eos_token_id
+            return plain_text(self._encode(conversation.text), self.stop_ids[0] if eos is None else eos)
         messages = self._with_system(conversation.messages)
         ids, spans = self._spans(messages, conversation)
         everything = self.loss.base == "all"

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from ossia.errors import OssiaError
-from ossia.template.base import LossWeights, TextStream
-from ossia.template.messages import Conversation, Message, Rendered, Reply, ToolCall
+from ossia.template.base import LossWeights, TextStream, digest, plain_text
+from ossia.template.messages import EFFORTS, Conversation, Message, Rendered, Reply, ToolCall
 
-EFFORTS = ("low", "medium", "high")
 REQUIRED_TOKENS = ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>")
 
 _IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
@@ -84,12 +83,9 @@ class HarmonyTemplate:
         self._start, self._message, self._channel, self._end, self._return, self._call = required
         self._constrain: int | None = backend.token_to_id("<|constrain|>")
         end_of_text: int | None = backend.token_to_id("<|endoftext|>")
-        self.stop_ids = [self._return, self._call]
-        if end_of_text is not None:
-            self.stop_ids.append(end_of_text)
-        self.pad_id: int = next(
-            token for token in (tokenizer.pad_token_id, end_of_text, self._return) if token is not None
-        )
+        self._end_of_text = self._return if end_of_text is None else end_of_text
+        self.stop_ids = list(dict.fromkeys([self._return, self._call, self._end_of_text]))
+        self.pad_id: int = next(token for token in (tokenizer.pad_token_id, self._end_of_text) if token is not None)
         self._special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
 
         # The same model without its added tokens: "<|call|>" in a text is then text, whatever others set on `backend`.
@@ -113,8 +109,14 @@ class HarmonyTemplate:
             for channel in ("analysis", "commentary", "final")
         }
 
+    def fingerprint(self) -> str:
+        """See `Template`."""
+        return digest(self.tokenizer, self.name, self._about, self.system, self.reasoning_effort, self.loss)
+
     def render(self, conversation: Conversation) -> Rendered:
         """Tokens of a training row. Raises OssiaError for a row that harmony cannot say."""
+        if conversation.text is not None:
+            return plain_text(self._encode(conversation.text), self._end_of_text)
         messages = conversation.messages
         everything = self.loss.base == "all"
         ids = self._opening(messages, conversation.tools, conversation.reasoning_effort)

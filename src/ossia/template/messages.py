@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "developer", "user", "assistant", "tool")
+EFFORTS = ("low", "medium", "high")
 
 
 @dataclass(slots=True)
@@ -35,12 +36,19 @@ class Message:
 
 @dataclass(slots=True)
 class Conversation:
-    """A row: its messages, the tools declared to it, and where it came from (`file:line`) for messages to people."""
+    """A row: its messages, the tools declared to it, and where it came from (`file:line`) for messages to people.
+
+    `text` is the whole of a plain-text row, which has no messages. `rejected` is the worse answer of a preference row,
+    `label` the verdict on the last answer of a KTO row.
+    """
 
     messages: list[Message]
     tools: list[dict[str, Any]] = field(default_factory=list)
     reasoning_effort: str | None = None
     source: str = ""
+    text: str | None = None
+    rejected: list[Message] | None = None
+    label: bool | None = None
 
 
 @dataclass(slots=True)
@@ -50,7 +58,7 @@ class Rendered:
     `labels[i]` is what the model should say at position i (the usual shift by one happens in the loss). It is
     `input_ids[i]` except where history ends an answer with another token than generation does (see `harmony`).
     `loss_weights[i]` is the weight of that label in the loss, 0.0 where nothing is trained. `channels[i]` is
-    `analysis`, `commentary` or `final` inside an assistant's message, else `""`.
+    `analysis`, `commentary` or `final` inside an assistant's message, `text` in plain text, else `""`.
     """
 
     input_ids: list[int]

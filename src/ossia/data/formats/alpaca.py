@@ -1,38 +1,32 @@
-"""Alpaca rows: `instruction`, `output`, optional `input`, `system` and `history` [[question, answer], …]."""
+"""Alpaca rows: `instruction`, `output`, optional `input`, `system` and `history` [[question, answer], …].
+
+Dolly's names, `context` for input and `response` for output, are read too.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ossia.data.sources import BadRow
-from ossia.errors import nearest
+from ossia.data.formats.fields import first, text
+from ossia.data.formats.query import ANSWERS, find_answer, read_history
+from ossia.data.readers import BadRow
 from ossia.template.messages import Conversation, Message
+
+NEEDS = (("instruction",),)
+ALSO = ("input", "context", "system", "history", *ANSWERS)
 
 
 def read(row: dict[str, Any], source: str) -> Conversation:
     """The conversation of a row: history, then instruction and input joined by a line break, then output."""
     messages: list[Message] = []
-    if system := _text(row, "system", source):
+    if (system := text(row, "system", source)).strip():
         messages.append(Message("system", system))
-    for number, pair in enumerate(row.get("history") or [], start=1):
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise BadRow(f"{source}: history entry {number} is not a pair [question, answer]")
-        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
-    question = "\n".join(text for key in ("instruction", "input") if (text := _text(row, key, source)))
+    messages += read_history(row, source)
+    parts = (text(row, "instruction", source), text(row, first(row, ("input", "context")), source))
+    question = "\n".join(part for part in parts if part)
     if not question.strip():
         raise BadRow(f"{source}: instruction and input are both empty")
     messages.append(Message("user", question))
-    if "output" not in row and (hint := nearest("output", row)):
-        raise BadRow(f"{source}: no key 'output'{hint}")
-    if (answer := _text(row, "output", source)).strip():
+    if (answer := text(row, find_answer(row, source), source)).strip():
         messages.append(Message("assistant", answer))
     return Conversation(messages, source=source)
-
-
-def _text(row: dict[str, Any], key: str, source: str) -> str:
-    value = row.get(key)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise BadRow(f"{source}: {key} is {type(value).__name__}; a text is needed")
-    return value

@@ -1,0 +1,302 @@
+"""One row on its way to tokens: what becomes of it, decided in one place for training, preview and reports."""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+from ossia.config.parts import DataOptions
+from ossia.data.formats import Read, read_row
+from ossia.data.readers import BadRow, Record, decode
+from ossia.data.sources import find_datasets
+from ossia.errors import OssiaError, UsageError
+from ossia.template.base import Template
+from ossia.template.messages import Conversation, Rendered
+from ossia.template.turns import split_turns
+
+_CJK = re.compile(r"[\u3400-\u9fff]")
+_PLACEHOLDER = re.compile(r"\{\{\s*(name|author)\s*\}\}", re.IGNORECASE)
+
+Fate = Literal["used", "too_long", "untrained"]
+Cut = Literal["", "turns", "end", "answer", "pieces"]
+
+
+@dataclass(slots=True)
+class Sample:
+    """A training sample of a row. `length` is that before truncation, `cut` what truncation took off:
+
+    old `turns`, the `end` behind everything trained, the end of an `answer`; a long text becomes several `pieces`.
+    """
+
+    conversation: Conversation
+    rendered: Rendered
+    length: int
+    fate: Fate = "used"
+    cut: Cut = ""
+
+
+class Outcome(NamedTuple):
+    """What became of a record: its samples, or why it is `bad`, or that it has nothing to train (`untrained`)."""
+
+    source: str
+    format: str = ""
+    unused: Iterable[str] = ()
+    filled: bool = False
+    conversation: Conversation | None = None
+    samples: list[Sample] = []  # noqa: RUF012
+    bad: str = ""
+    untrained: str = ""
+
+
+@dataclass
+class Counts:
+    """What became of the rows. Lengths are of samples before truncation."""
+
+    rows: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    bad: int = 0
+    first_bad: str = ""
+    untrained: int = 0
+    first_untrained: str = ""
+    too_long: int = 0
+    cut: Counter[str] = field(default_factory=Counter)
+    filled: int = 0
+    samples: int = 0
+    split: int = 0
+    tokens: int = 0
+    trained: int = 0
+    longest: int = 0
+    shortest: int = 0
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one record."""
+        self.rows += 1
+        if outcome.bad:
+            self.bad += 1
+            self.first_bad = self.first_bad or outcome.bad
+            return
+        self.formats[outcome.format] += 1
+        self.unused.update(outcome.unused)
+        self.filled += outcome.filled
+        if outcome.untrained:
+            self.untrained += 1
+            self.first_untrained = self.first_untrained or outcome.untrained
+        self.split += len(outcome.samples) > 1 and not outcome.samples[0].cut == "pieces"
+        for sample in outcome.samples:
+            self.shortest = min(self.shortest or sample.length, sample.length)
+            self.too_long += sample.fate == "too_long"
+            if sample.fate == "used":
+                self.cut[sample.cut] += bool(sample.cut)
+                self.samples += 1
+                self.tokens += len(sample.rendered.input_ids)
+                self.trained += sum(weight > 0 for weight in sample.rendered.loss_weights)
+                self.longest = max(self.longest, len(sample.rendered.input_ids))
+
+    def merge(self, other: Counts) -> None:
+        """Add the counts of later records."""
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            if isinstance(value, Counter):
+                mine.update(value)
+            elif isinstance(value, str):
+                setattr(self, name, mine or value)
+            elif name == "longest":
+                self.longest = max(mine, value)
+            elif name == "shortest":
+                self.shortest = min(filter(None, (mine, value)), default=0)
+            else:
+                setattr(self, name, mine + value)
+
+    def to_json(self) -> str:
+        """As `from_json` reads it back."""
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Counts:
+        """What `to_json` wrote."""
+        values = json.loads(text)
+        return cls(**{name: Counter(value) if isinstance(value, dict) else value for name, value in values.items()})
+
+    def lines(self, label: str, options: DataOptions) -> list[str]:
+        """What is said to the user."""
+        kinds = ", ".join(f"{count:,} {name}" for name, count in self.formats.items())
+        share = self.trained / max(self.tokens, 1)
+        limit = f"--max_length {options.max_length:,}"
+        lines = [
+            f"{self.samples:,} samples from {kinds} rows, {self.tokens:,} tokens, "
+            f"{self.trained:,} carry loss ({share:.0%}), longest {self.longest:,}"
+        ]
+        if self.unused:
+            shown = ", ".join(f"{name} ({count:,})" for name, count in self.unused.most_common(8))
+            lines.append(f"columns not used: {shown}{' …' if len(self.unused) > 8 else ''}")
+        if self.bad:
+            lines.append(f"{self.bad:,} bad rows skipped, first: {self.first_bad}")
+        if self.split:
+            lines.append(f"{self.split:,} rows with reasoning in earlier turns split into one sample a turn")
+        if self.too_long:
+            why = "their last turn alone is" if options.truncation == "left" else "they are"
+            lines.append(f"{self.too_long:,} rows dropped: {why} longer than {limit}")
+        said = {
+            "turns": f"{self.cut['turns']:,} rows cut to {limit} by their oldest turns",
+            "end": f"{self.cut['end']:,} rows cut to {limit} behind their last trained token",
+            "answer": f"{self.cut['answer']:,} rows cut to {limit} within what they train: "
+            "no end token is trained there",
+            "pieces": f"texts longer than {limit} cut into {self.cut['pieces']:,} pieces, nothing dropped",
+        }
+        lines += [text for cut, text in said.items() if self.cut[cut]]
+        if self.untrained:
+            lines.append(f"{self.untrained:,} rows skipped: no token in them carries loss")
+        if (options.model_name or options.model_author) and not self.filled:
+            lines.append("no row has {{NAME}} or {{AUTHOR}}; --model_name and --model_author change nothing")
+        return [f"{label}: {line}" for line in lines]
+
+
+class Renderer:
+    """Records to outcomes; the options' policies on bad and long rows are left to `refuse`."""
+
+    def __init__(self, template: Template, options: DataOptions) -> None:
+        self.template = template
+        self.options = options
+
+    def __call__(self, record: Record) -> Outcome:
+        """What becomes of a record."""
+        try:
+            found, filled = _read(record, self.options)
+        except BadRow as error:
+            return Outcome(record.source, bad=str(error))
+        conversation = found.conversation
+        outcome = Outcome(record.source, found.format, found.unused, filled, conversation)
+        if conversation.text is None and not any(message.role == "assistant" for message in conversation.messages):
+            return outcome._replace(untrained=f"{record.source}: no answer in this row ({_NO_ANSWER})")
+        try:
+            samples = self._samples(conversation)
+        except UsageError:
+            raise
+        except (OssiaError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            return Outcome(record.source, bad=f"{record.source}: {reason}")
+        if all(sample.fate == "untrained" for sample in samples):
+            return outcome._replace(samples=samples, untrained=f"{record.source}: no token of this row carries loss")
+        return outcome._replace(samples=samples)
+
+    def _samples(self, conversation: Conversation) -> list[Sample]:
+        parts = split_turns(conversation) if self.options.multi_turn == "split" else [conversation]
+        return [sample for part in parts for sample in self._fit(part)]
+
+    def _fit(self, conversation: Conversation) -> list[Sample]:
+        rendered = self.template.render(conversation)
+        length, limit = len(rendered.input_ids), self.options.max_length
+        sample = Sample(conversation, rendered, length)
+        if not any(rendered.loss_weights):
+            sample.fate = "untrained"
+        elif length > limit and conversation.text is not None:
+            starts = range(0, length, limit)
+            return [Sample(conversation, _slice(rendered, i, i + limit), length, cut="pieces") for i in starts]
+        elif length > limit and self.options.truncation == "left":
+            return [self._without_old_turns(sample)]
+        elif length > limit and self.options.truncation == "right":
+            sample.rendered = _slice(rendered, 0, limit)
+            sample.cut = "answer" if any(rendered.loss_weights[limit:]) else "end"
+            if not any(sample.rendered.loss_weights):
+                sample.fate = "too_long"
+        elif length > limit:
+            sample.fate = "too_long"
+        return [sample]
+
+    def _without_old_turns(self, sample: Sample) -> Sample:
+        """The sample with as few of its oldest turns gone as make it fit; instructions stay."""
+        messages = sample.conversation.messages
+        asked = [i for i, message in enumerate(messages) if message.role == "user"]
+        head = messages[: asked[0]] if asked else []
+        starts = asked[1:]
+
+        def render(start: int) -> Rendered:
+            return self.template.render(replace(sample.conversation, messages=[*head, *messages[start:]]))
+
+        fitting = bisect_left(starts, 1, key=lambda start: len(render(start).input_ids) <= self.options.max_length)
+        if fitting == len(starts):
+            sample.fate = "too_long"
+            return sample
+        sample.rendered, sample.cut = render(starts[fitting]), "turns"
+        if not any(sample.rendered.loss_weights):
+            sample.fate = "untrained"
+        return sample
+
+
+_NO_ANSWER = "messages: no assistant; alpaca: no output; query: no response"
+
+
+def refuse(outcome: Outcome, options: DataOptions) -> None:
+    """Raise where the options ask to stop at such a row."""
+    if options.on_bad_row == "error":
+        if outcome.bad:
+            raise BadRow(f"{outcome.bad} (skip bad rows with --on_bad_row skip)")
+        if outcome.untrained:
+            raise BadRow(f"{outcome.untrained}; mend it, or skip such rows with --on_bad_row skip")
+    if options.truncation == "error":
+        for sample in outcome.samples:
+            if sample.fate == "too_long":
+                raise OssiaError(
+                    f"{outcome.source}: {sample.length} tokens, over --max_length {options.max_length}; raise it, "
+                    "drop such rows with --truncation delete, or cut them with left or right"
+                )
+
+
+def conversations(
+    words: list[str], options: DataOptions, counts: Counts, flag: str = "--dataset"
+) -> Iterator[Conversation]:
+    """Each readable row as a conversation, placeholders filled; nothing is rendered."""
+    for dataset in find_datasets(words, flag):
+        total = 0 if dataset.whole else sum(part.count() for part in dataset.parts)
+        for record in dataset.records(total, options.seed):
+            try:
+                found, filled = _read(record, options)
+            except BadRow as error:
+                outcome = Outcome(record.source, bad=str(error))
+                refuse(outcome, options)
+            else:
+                outcome = Outcome(record.source, found.format, found.unused, filled)
+                yield found.conversation
+            counts.add(outcome)
+
+
+def _read(record: Record, options: DataOptions) -> tuple[Read, bool]:
+    found = read_row(decode(record), record.source, options.columns)
+    return found, _fill(found.conversation, options)
+
+
+def _slice(rendered: Rendered, start: int, end: int) -> Rendered:
+    return Rendered(
+        rendered.input_ids[start:end],
+        rendered.labels[start:end],
+        rendered.loss_weights[start:end],
+        rendered.channels[start:end],
+    )
+
+
+def _fill(conversation: Conversation, options: DataOptions) -> bool:
+    """Replace {{NAME}} and {{AUTHOR}}; of two values the first is for Chinese rows, the second for others."""
+    values = {"name": options.model_name, "author": options.model_author}
+    if not any(values.values()):
+        return False
+    chinese = any(_CJK.search(message.content) for message in conversation.messages)
+
+    def replaced(match: re.Match[str]) -> str:
+        given = values[match[1].lower()]
+        return match[0] if not given else given[0 if chinese else -1]
+
+    filled = False
+    for message in conversation.messages:
+        for key in ("content", "thinking"):
+            text = getattr(message, key)
+            if text and "{{" in text:
+                new = _PLACEHOLDER.sub(replaced, text)
+                filled |= new != text
+                setattr(message, key, new)
+    return filled
