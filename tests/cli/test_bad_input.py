@@ -35,7 +35,7 @@ CASES = {
     "no data": (("sft", "--model", "{model}"), 2, "give --dataset"),
     "missing file": ((*SFT, "god.jsonl"), 2, "no such file; did you mean good.jsonl?"),
     "empty file": ((*SFT, "empty.jsonl"), 2, "empty.jsonl: the file is empty"),
-    "blank file": ((*SFT, "blank.jsonl"), 2, "no rows in this file"),
+    "blank file": ((*SFT, "blank.jsonl"), 2, "no rows in it"),
     "wrong key": ((*SFT, "key.jsonl"), 1, "key.jsonl:1: keys 'instructoin', 'output'"),
     "broken line": ((*SFT, "broken.jsonl"), 1, "broken.jsonl:2: broken JSON at character"),
     "no answer": ((*SFT, "silent.jsonl"), 1, "silent.jsonl:1: no answer in this row"),

@@ -59,7 +59,7 @@ def test_check_json_with_bad_rows(ossia, data):
 def test_stats(ossia, data):
     out = ossia.ok(*data("stats", GOOD * 3 + "nonsense\n"))
     assert "carry loss" in out
-    assert "packed to 4,096: 3 rows in 1 sequence," in out
+    assert "packed to 4,096: 3 samples in 1 sequence," in out
     assert "\x1b" not in out
     nothing = ossia(*data("stats", "nonsense\n"))
     assert nothing.returncode == 1

@@ -18,14 +18,14 @@ def test_flags_of_sft_are_pinned():
     """A new flag is a decision: change this list with it."""
     assert " ".join(f.name for f in dataclasses.fields(SftConfig)) == (
         "config debug model torch_dtype device experts attn_impl template system reasoning_effort model_identity "
-        "current_date loss_scale dataset max_length truncation multi_turn on_bad_row model_name model_author val_dataset "
-        "split_dataset_ratio train_type lora_rank lora_alpha lora_dropout use_rslora target_modules target_experts "
+        "current_date loss_scale dataset columns max_length truncation multi_turn on_bad_row seed model_name model_author val_dataset "
+        "split_dataset_ratio packing packing_length load_from_cache_file dataset_num_proc train_type lora_rank lora_alpha lora_dropout use_rslora target_modules target_experts "
         "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
         "lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 "
-        "adam_epsilon max_grad_norm optim gradient_checkpointing dataloader_num_workers seed logging_steps "
+        "adam_epsilon max_grad_norm optim gradient_checkpointing dataloader_num_workers logging_steps "
         "per_device_eval_batch_size eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit "
         "resume_from_checkpoint output_dir add_version report_to swanlab_project swanlab_workspace swanlab_exp_name "
-        "swanlab_mode deepspeed use_liger_kernel load_from_cache_file bf16 fp16 dry_run"
+        "swanlab_mode deepspeed use_liger_kernel bf16 fp16 dry_run"
     )
 
 
@@ -109,8 +109,8 @@ def test_wrong_files_say_what_is_wrong(tmp_path, text, message):
 
 
 def test_flags_that_mean_nothing_here_are_said_in_one_line_each():
-    config = parse("--deepspeed", "zero3", "--use_liger_kernel", "true", "--load_from_cache_file", "false")
-    assert len(config.notes()) == 3
+    config = parse("--deepspeed", "zero3", "--use_liger_kernel", "true")
+    assert len(config.notes()) == 2
     assert "one process" in config.notes()[1]
     assert "DDP" in config.notes(processes=2)[1]
     assert parse().notes() == []

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from ossia.config.parts import DataOptions
-from ossia.data.report import Bin, Report, collect, estimate_packing, histogram, scan
-from ossia.data.sources import find_files
+from ossia.data.report import Bin, Report, collect, histogram
+from ossia.data.sources import find_datasets
 from ossia.model.tokenizer import load_tokenizer
 from ossia.template import load_template
 
@@ -26,8 +26,7 @@ def report(tmp_path, template):
         path = tmp_path / "a.jsonl"
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        files = find_files([str(path)])
-        return collect(scan(files), files, DataOptions(on_bad_row="skip", **options), template, keep=keep)
+        return collect(find_datasets([str(path)]), DataOptions(**options), template, keep=keep)
 
     return build
 
@@ -65,8 +64,7 @@ def test_a_row_that_the_template_refuses_is_bad(report):
 def test_a_broken_list_is_one_bad_place_and_other_files_are_read(tmp_path, template):
     (tmp_path / "a.json").write_text('[{"instruction": "q", \n}]')
     (tmp_path / "b.json").write_text('[{"instruction": "q", "output": "a"}]')
-    files = find_files([str(tmp_path)])
-    found = collect(scan(files), files, DataOptions(on_bad_row="skip"), template)
+    found = collect(find_datasets([str(tmp_path)]), DataOptions(), template)
     assert (found.bad, found.usable) == (1, 1)
     assert found.bad_rows[0].source.endswith("a.json:2")
 
@@ -125,12 +123,6 @@ def test_tokens_by_channel_turns_and_scripts(report, template):
     assert found.reasoning_languages == {"Russian": 1}
     assert [len(rendered.input_ids) for _, rendered in found.kept] == list(found.lengths[:2])
     assert found.percentiles()["max"] == max(found.lengths)
-
-
-def test_packing_estimate():
-    assert estimate_packing([], 10) == (0, 0.0)
-    assert estimate_packing([6, 4, 5, 5, 10], 10) == (3, 1.0)
-    assert estimate_packing([6, 6, 6], 10) == (3, 0.6)
 
 
 def test_histogram_has_every_row_and_round_bins():

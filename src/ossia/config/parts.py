@@ -74,7 +74,7 @@ class DataOptions:
         group="data",
     )
     columns: dict = opt(
-        {}, "names of your columns for those that formats know, such as '{\"text1\": \"query\"}'", group="data"
+        {}, 'names of your columns for those that formats know, such as \'{"text1": "query"}\'', group="data"
     )
     max_length: int = opt(4096, "tokens a row may have", group="data")
     truncation: str = opt(

@@ -27,7 +27,9 @@ class SftConfig(DataOptions, TemplateOptions, ModelOptions, Config):
 
     val_dataset: list[str] = opt([], "rows held out for evaluation; same forms as --dataset", group="data")
     split_dataset_ratio: float = opt(
-        0.0, "share of --dataset held out when --val_dataset is not given; near duplicates stay on one side", group="data"
+        0.0,
+        "share of --dataset held out when --val_dataset is not given; near duplicates stay on one side",
+        group="data",
     )
     packing: bool = opt(False, "several rows in one sequence, each seeing only itself", group="data")
     packing_length: int | None = opt(None, "tokens of a packed sequence; default: --max_length", group="data")

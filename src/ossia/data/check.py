@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ossia.config import CheckConfig, StatsConfig
 from ossia.console import Advance, progress
 from ossia.data.page import write_page
-from ossia.data.report import Found, Report, collect, histogram, scan
-from ossia.data.sources import find_files
+from ossia.data.report import Found, Report, collect, histogram, plain
+from ossia.data.sources import find_datasets
 from ossia.data.tokens import open_template
 from ossia.errors import OssiaError
 
@@ -55,7 +55,8 @@ def checks(report: Report) -> list[tuple[str, int, str]]:
     """(what, rows, where the first are) of everything that is looked for."""
     names = ", ".join(f"{{{{{name}}}}}" for name, _ in report.placeholder_names.most_common(3))
     listed: list[tuple[str, Found, str]] = [
-        (f"longer than --max_length {report.max_length}", report.too_long, ""),
+        (f"longer than --max_length {report.max_length}, not trained", report.too_long, ""),
+        (f"cut to --max_length {report.max_length}", report.cut, ""),
         ("no token carries loss", report.untrained, ""),
         ("same as an earlier row", report.duplicates, ""),
         ("same first question, other row", report.repeated_questions, ""),
@@ -84,16 +85,16 @@ def _places(first: list[str], count: int) -> str:
 def _run(config: CheckConfig) -> Report:
     from rich.console import Console
 
-    files = find_files(config.dataset)
+    datasets = find_datasets(config.dataset)
     tokenizer, template = open_template(config)
     with Console(stderr=True).status("reading files"):
-        report = scan(files)
+        size = sum(dataset.size(dataset.count()) for dataset in datasets)
     # Without a terminal, progress is lines on standard output, which belongs to the JSON object.
     shown: AbstractContextManager[Advance] = nullcontext(lambda rows: None)
     if config.format == "text" or sys.stderr.isatty():
-        shown = progress("rendering", report.rows, "rows")
+        shown = progress("rendering", size, "rows")
     with shown as advance:
-        collect(report, files, config, template, keep=config.rows if config.html else 0, advance=advance)
+        report = collect(datasets, config, template, keep=config.rows if config.html else 0, advance=advance)
     if config.html:
         write_page(Path(config.html).expanduser(), tokenizer, report.kept, config, report, checks(report))
         print(f"wrote {config.html}", file=sys.stderr)
@@ -130,6 +131,11 @@ def _head(console: Console, report: Report) -> None:
     rows = "1 row" if report.rows == 1 else f"{report.rows:,} rows"
     console.print(f"{files}: {rows}, {report.usable:,} can be trained on", style="bold", soft_wrap=True)
     console.print(f"formats: {kinds}", soft_wrap=True)
+    if unused := report.counts.unused:
+        names = ", ".join(f"{name} ({count:,})" for name, count in unused.most_common(8))
+        console.print(f"columns not used: {plain(names)}", soft_wrap=True)
+    if untrainable := report.untrainable():
+        console.print(f"not for ossia sft: {untrainable}", soft_wrap=True)
 
 
 def _print_check(report: Report) -> None:
@@ -164,10 +170,8 @@ def _print_stats(report: Report) -> None:
     _title(console, "Length in tokens")
     console.print("  ".join(f"{name} {length:,}" for name, length in lengths.items()))
     _bars(console, [(f"{part.start:,}+", part.rows, "") for part in histogram(report.lengths, _BINS)])
-    dropped = report.too_long.count
-    console.print(
-        f"{dropped:,} rows over --max_length {report.max_length:,}" + (", dropped in training" * bool(dropped))
-    )
+    cut = f", {report.cut.count:,} cut to it" if report.cut.count else ""
+    console.print(f"--max_length {report.max_length:,}: {report.too_long.count:,} rows longer and not trained{cut}")
 
     _title(console, f"Tokens: {total.tokens:,}, {total.trained:,} carry loss ({total.share:.1%})")
     table = _grid("left", "right", "right", "right")
@@ -176,7 +180,7 @@ def _print_stats(report: Report) -> None:
         table.add_row(channel or "prompt", f"{share.tokens:,}", f"{share.trained:,}", f"{share.share:.1%}")
     console.print(table)
     console.print(
-        f"packed to {report.max_length:,}: {report.usable:,} rows in {packing.packs:,} "
+        f"packed to {report.max_length:,}: {report.counts.samples:,} samples in {packing.packs:,} "
         f"sequence{'s' * (packing.packs != 1)}, {packing.fill:.1%} full"
     )
 

@@ -11,7 +11,9 @@ from typing import Any
 from ossia.data.readers import Record
 from ossia.errors import OssiaError, UsageError
 
-_NAME = re.compile(r"(?P<hub>hf|ms)::(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))??(?::(?P<split>[\w.\-\[\]%]+))?")
+_NAME = re.compile(
+    r"(?P<hub>hf|ms)::(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))??(?::(?P<split>[\w.-]+(?:\[[\w:%-]*\])?))?"
+)
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class _Job:
 
     def batches(self, counts: Counts) -> Iterator[pa.RecordBatch]:
         """The tokenised rows in order; `counts` is filled."""
-        totals = [sum(part.count() for part in dataset.parts) for dataset in self.datasets]
+        totals = [dataset.count() for dataset in self.datasets]
         for dataset, total in zip(self.datasets, totals, strict=True):
             if not total:
                 raise UsageError(f"{self.flag} {dataset.word}: no rows in it")
@@ -214,9 +214,7 @@ def _work(records: list[Record]) -> tuple[pa.RecordBatch, Counts]:
     return _worker(records)
 
 
-def _run(
-    worker: _Worker, chunks: Iterable[list[Record]], processes: int
-) -> Iterator[tuple[pa.RecordBatch, Counts]]:
+def _run(worker: _Worker, chunks: Iterable[list[Record]], processes: int) -> Iterator[tuple[pa.RecordBatch, Counts]]:
     """Each chunk's rows, in order; at most a few chunks are under way, so memory stays flat."""
     if processes == 1:
         yield from map(worker, chunks)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from ossia.config import PreviewConfig
 from ossia.data.page import write_page
-from ossia.data.prepare import Counts, render_rows
-from ossia.data.sources import find_files
+from ossia.data.render import Counts, Renderer, refuse
+from ossia.data.sources import Dataset, find_datasets, read_datasets
 from ossia.data.tokens import open_template, pieces
 from ossia.errors import OssiaError
 from ossia.template.messages import Conversation, Rendered
@@ -19,10 +20,10 @@ from ossia.template.messages import Conversation, Rendered
 
 def run(config: PreviewConfig) -> None:
     """Print `config.rows` rows, or write them to a page."""
-    find_files(config.dataset)
+    datasets = find_datasets(config.dataset)
     tokenizer, template = open_template(config)
     counts = Counts()
-    found = islice(render_rows(config.dataset, config, template, counts), config.rows or None)
+    found = islice(_rows(datasets, config, Renderer(template, config), counts), config.rows or None)
     if config.html:
         if rows := list(found):
             write_page(Path(config.html).expanduser(), tokenizer, rows, config)
@@ -38,6 +39,16 @@ def run(config: PreviewConfig) -> None:
             f"no row to show: {counts.bad} bad, {counts.too_long} over --max_length {config.max_length}, "
             f"{counts.untrained} without loss"
         )
+
+
+def _rows(
+    datasets: list[Dataset], config: PreviewConfig, renderer: Renderer, counts: Counts
+) -> Iterator[tuple[Conversation, Rendered]]:
+    for record in read_datasets(datasets, config.seed):
+        outcome = renderer(record)
+        refuse(outcome, config)
+        counts.add(outcome)
+        yield from ((s.conversation, s.rendered) for s in outcome.samples if s.fate == "used")
 
 
 def _as_json(tokenizer: Any, rendered: Rendered) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from ossia.errors import OssiaError
 
@@ -86,7 +86,7 @@ def count_records(file: Path) -> int:
 
 def _open(file: Path) -> IO[bytes]:
     if file.suffix.lower() == ".gz":
-        return gzip.open(file, "rb")
+        return cast("IO[bytes]", gzip.open(file, "rb"))
     if file.suffix.lower() == ".zst":
         import pyarrow
 
@@ -173,8 +173,10 @@ class _Text:
                 if not self._more(size):
                     raise
             else:
-                # A number at the end of the window may go on.
-                if end < len(self.buffer) or not self._more(size):
+                # A number at the end of the window may go on: 12 in "12.5".
+                number = isinstance(value, int | float)
+                whole = end < len(self.buffer) and not (number and self.buffer[end] not in " \t\r\n,]")
+                if whole or not self._more(size):
                     self._move(end)
                     return value
             size *= 2

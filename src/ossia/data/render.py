@@ -8,12 +8,12 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ossia.config.parts import DataOptions
 from ossia.data.formats import Read, read_row
 from ossia.data.readers import BadRow, Record, decode
-from ossia.data.sources import find_datasets
+from ossia.data.sources import find_datasets, read_datasets
 from ossia.errors import OssiaError, UsageError
 from ossia.template.base import Template
 from ossia.template.messages import Conversation, Rendered
@@ -41,9 +41,13 @@ class Sample:
 
 
 class Outcome(NamedTuple):
-    """What became of a record: its samples, or why it is `bad`, or that it has nothing to train (`untrained`)."""
+    """What became of a record: its samples, or why it is `bad`, or that it has nothing to train (`untrained`).
+
+    `row` is the record's value, None where it could not be read.
+    """
 
     source: str
+    row: Any = None
     format: str = ""
     unused: Iterable[str] = ()
     filled: bool = False
@@ -87,7 +91,7 @@ class Counts:
         if outcome.untrained:
             self.untrained += 1
             self.first_untrained = self.first_untrained or outcome.untrained
-        self.split += len(outcome.samples) > 1 and not outcome.samples[0].cut == "pieces"
+        self.split += len(outcome.samples) > 1 and outcome.samples[0].cut != "pieces"
         for sample in outcome.samples:
             self.shortest = min(self.shortest or sample.length, sample.length)
             self.too_long += sample.fate == "too_long"
@@ -95,7 +99,8 @@ class Counts:
                 self.cut[sample.cut] += bool(sample.cut)
                 self.samples += 1
                 self.tokens += len(sample.rendered.input_ids)
-                self.trained += sum(weight > 0 for weight in sample.rendered.loss_weights)
+                weights = sample.rendered.loss_weights
+                self.trained += len(weights) - weights.count(0.0)
                 self.longest = max(self.longest, len(sample.rendered.input_ids))
 
     def merge(self, other: Counts) -> None:
@@ -120,8 +125,10 @@ class Counts:
     @classmethod
     def from_json(cls, text: str) -> Counts:
         """What `to_json` wrote."""
-        values = json.loads(text)
-        return cls(**{name: Counter(value) if isinstance(value, dict) else value for name, value in values.items()})
+        counts = cls()
+        for name, value in json.loads(text).items():
+            setattr(counts, name, Counter(value) if isinstance(value, dict) else value)
+        return counts
 
     def lines(self, label: str, options: DataOptions) -> list[str]:
         """What is said to the user."""
@@ -166,12 +173,14 @@ class Renderer:
 
     def __call__(self, record: Record) -> Outcome:
         """What becomes of a record."""
+        row = None
         try:
-            found, filled = _read(record, self.options)
+            row = decode(record)
+            found, filled = _read(row, record.source, self.options)
         except BadRow as error:
-            return Outcome(record.source, bad=str(error))
+            return Outcome(record.source, row, bad=str(error))
         conversation = found.conversation
-        outcome = Outcome(record.source, found.format, found.unused, filled, conversation)
+        outcome = Outcome(record.source, row, found.format, found.unused, filled, conversation)
         if conversation.text is None and not any(message.role == "assistant" for message in conversation.messages):
             return outcome._replace(untrained=f"{record.source}: no answer in this row ({_NO_ANSWER})")
         try:
@@ -180,7 +189,7 @@ class Renderer:
             raise
         except (OssiaError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            return Outcome(record.source, bad=f"{record.source}: {reason}")
+            return Outcome(record.source, row, bad=f"{record.source}: {reason}")
         if all(sample.fate == "untrained" for sample in samples):
             return outcome._replace(samples=samples, untrained=f"{record.source}: no token of this row carries loss")
         return outcome._replace(samples=samples)
@@ -252,22 +261,20 @@ def conversations(
     words: list[str], options: DataOptions, counts: Counts, flag: str = "--dataset"
 ) -> Iterator[Conversation]:
     """Each readable row as a conversation, placeholders filled; nothing is rendered."""
-    for dataset in find_datasets(words, flag):
-        total = 0 if dataset.whole else sum(part.count() for part in dataset.parts)
-        for record in dataset.records(total, options.seed):
-            try:
-                found, filled = _read(record, options)
-            except BadRow as error:
-                outcome = Outcome(record.source, bad=str(error))
-                refuse(outcome, options)
-            else:
-                outcome = Outcome(record.source, found.format, found.unused, filled)
-                yield found.conversation
-            counts.add(outcome)
+    for record in read_datasets(find_datasets(words, flag), options.seed):
+        try:
+            found, filled = _read(decode(record), record.source, options)
+        except BadRow as error:
+            outcome = Outcome(record.source, bad=str(error))
+            refuse(outcome, options)
+        else:
+            outcome = Outcome(record.source, format=found.format, unused=found.unused, filled=filled)
+            yield found.conversation
+        counts.add(outcome)
 
 
-def _read(record: Record, options: DataOptions) -> tuple[Read, bool]:
-    found = read_row(decode(record), record.source, options.columns)
+def _read(row: Any, source: str, options: DataOptions) -> tuple[Read, bool]:
+    found = read_row(row, source, options.columns)
     return found, _fill(found.conversation, options)
 
 

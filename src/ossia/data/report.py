@@ -6,20 +6,19 @@ import re
 import time
 import unicodedata
 from array import array
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import chain, pairwise
-from pathlib import Path
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ossia.config.parts import DataOptions
-from ossia.data.prepare import Counts, conversations
-from ossia.data.sources import BadRow, Row, read_rows
-from ossia.errors import OssiaError, UsageError
+from ossia.data.packing import Fill, fill
+from ossia.data.render import Counts, Outcome, Renderer
+from ossia.data.sources import Dataset, read_datasets
 from ossia.template.base import Template
 from ossia.template.messages import Conversation, Rendered
 
@@ -55,13 +54,6 @@ class Bin(NamedTuple):
     rows: int
 
 
-class Packing(NamedTuple):
-    """Rows packed together: how many sequences, and the share of them that holds tokens."""
-
-    packs: int
-    fill: float
-
-
 @dataclass
 class Found:
     """How many rows have something, and where the first few are."""
@@ -91,16 +83,15 @@ class Share:
 
 @dataclass
 class Report:
-    """The figures. Lengths are of every rendered row; tokens and turns only of rows that a run would use."""
+    """The figures. `lengths` are of every sample before truncation; tokens and turns of what a run would use."""
 
     files: list[str]
     max_length: int
-    rows: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    bad: int = 0
+    counts: Counts = field(default_factory=Counts)
     bad_rows: list[Bad] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     too_long: Found = field(default_factory=Found)
+    cut: Found = field(default_factory=Found)
     untrained: Found = field(default_factory=Found)
     duplicates: Found = field(default_factory=Found)
     repeated_questions: Found = field(default_factory=Found)
@@ -109,6 +100,7 @@ class Report:
     empty_reasoning: Found = field(default_factory=Found)
     usable: int = 0
     lengths: array[int] = field(default_factory=lambda: array("i"))
+    packed_lengths: array[int] = field(default_factory=lambda: array("i"))
     channels: dict[str, Share] = field(default_factory=dict)
     turns: Counter[int] = field(default_factory=Counter)
     letters: Counter[str] = field(default_factory=Counter)
@@ -118,6 +110,26 @@ class Report:
     kept: list[tuple[Conversation, Rendered]] = field(default_factory=list)
 
     @property
+    def rows(self) -> int:
+        """Rows read, bad ones too."""
+        return self.counts.rows
+
+    @property
+    def bad(self) -> int:
+        """Rows that cannot be read."""
+        return self.counts.bad
+
+    @property
+    def formats(self) -> Counter[str]:
+        """Rows of each format."""
+        return self.counts.formats
+
+    def untrainable(self) -> str:
+        """The rows that supervised fine-tuning refuses."""
+        kinds = [f"{self.formats[name]:,} {name} rows" for name in ("preference", "kto") if self.formats[name]]
+        return " and ".join(kinds)
+
+    @property
     def total(self) -> Share:
         """All tokens of usable rows."""
         shares = self.channels.values()
@@ -125,8 +137,8 @@ class Report:
 
     @property
     def rows_per_second(self) -> float:
-        """Rendering alone, on one core."""
-        return len(self.lengths) / self.render_seconds if self.render_seconds else 0.0
+        """Reading and rendering, in one process."""
+        return self.rows / self.render_seconds if self.render_seconds else 0.0
 
     def percentiles(self) -> dict[str, int]:
         """Length of the shortest row, of rows at some shares, and of the longest, in tokens."""
@@ -136,9 +148,9 @@ class Report:
         middle = {f"p{p}": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in PERCENTILES}
         return {"min": ordered[0], **middle, "max": ordered[-1]}
 
-    def packing(self) -> Packing:
-        """What packing usable rows into sequences of `max_length` would give."""
-        return estimate_packing([length for length in self.lengths if length <= self.max_length], self.max_length)
+    def packing(self) -> Fill:
+        """What packing usable samples into sequences of `max_length` would give."""
+        return fill(self.packed_lengths, self.max_length)
 
     def check_values(self) -> dict[str, Any]:
         """The object of `check --format json`."""
@@ -153,7 +165,9 @@ class Report:
                 "reasons": dict(self.reasons.most_common()),
             },
             "max_length": self.max_length,
+            "unused_columns": dict(self.counts.unused.most_common()),
             "too_long": vars(self.too_long),
+            "cut": {**vars(self.cut), "how": dict(self.counts.cut)},
             "untrained": vars(self.untrained),
             "duplicates": vars(self.duplicates),
             "repeated_questions": vars(self.repeated_questions),
@@ -168,8 +182,10 @@ class Report:
             "files": self.files,
             "rows": self.rows,
             "usable": self.usable,
+            "samples": self.counts.samples,
             "bad": self.bad,
             "too_long": self.too_long.count,
+            "cut": self.cut.count,
             "untrained": self.untrained.count,
             "tokens": total.tokens,
             "trained_tokens": total.trained,
@@ -187,98 +203,87 @@ class Report:
         }
 
 
-def scan(files: Sequence[Path]) -> Report:
-    """A report with what only the raw rows tell: how many there are, blank reasoning, `reasoning_language`."""
-    report = Report([str(file) for file in files], 0)
-    for file in files:
-        try:
-            for row in read_rows(file):
-                report.rows += 1
-                if isinstance(row, Row) and isinstance(row.value, dict):
-                    if _blank_reasoning(row.value):
-                        report.empty_reasoning.add(row.source)
-                    if isinstance(language := row.value.get("reasoning_language"), str):
-                        _count(report.reasoning_languages, language)
-        except BadRow:
-            continue  # `collect` reads the file again and reports it
-    return report
-
-
 def collect(
-    report: Report,
-    files: Sequence[Path],
+    datasets: list[Dataset],
     options: DataOptions,
     template: Template,
     *,
     keep: int = 0,
     advance: Callable[[float], None] = lambda rows: None,
 ) -> Report:
-    """Render every row of `files` into `report`, which `scan` made; the first `keep` are kept as they are."""
-    report.max_length = options.max_length
-    collector = _Collector(report, template, keep, advance)
-    counts = Counts(formats=report.formats, on_bad=collector.bad)
-    for file in files:
-        try:
-            for conversation in conversations([str(file)], options, counts):
-                collector.add(conversation)
-        except BadRow as error:
-            collector.bad(error)
+    """Read and render every row; the first `keep` samples are kept as they are."""
+    report = Report([part.name for dataset in datasets for part in dataset.parts], options.max_length)
+    collector = _Collector(report, keep)
+    renderer = Renderer(template, options)
+    for record in read_datasets(datasets, options.seed):
+        started = time.perf_counter()
+        outcome = renderer(record)
+        report.render_seconds += time.perf_counter() - started
+        collector.add(outcome)
+        advance(1)
     return report
 
 
 class _Collector:
-    def __init__(self, report: Report, template: Template, keep: int, advance: Callable[[float], None]) -> None:
-        self.report, self.template, self.keep, self.advance = report, template, keep, advance
+    def __init__(self, report: Report, keep: int) -> None:
+        self.report, self.keep = report, keep
         self.seen: set[bytes] = set()
         self.asked: set[bytes] = set()
 
-    def bad(self, error: BadRow) -> None:
-        report, bad = self.report, _bad(error)
-        report.bad += 1
-        _count(report.reasons, re.sub(r"\d+", "N", bad.reason))
-        if len(report.bad_rows) < SHOWN_BAD:
-            report.bad_rows.append(bad)
-        self.advance(1)
-
-    def add(self, conversation: Conversation) -> None:
-        report = self.report
-        started = time.perf_counter()
-        rendered: Rendered | None = None
-        try:
-            if any(message.role == "assistant" for message in conversation.messages):
-                rendered = self.template.render(conversation)
-        except UsageError:
-            raise
-        except OssiaError as error:
-            self.bad(BadRow(f"{conversation.source}: {error}"))
+    def add(self, outcome: Outcome) -> None:
+        """Count one record and all that is to be said of it."""
+        report, source, conversation = self.report, outcome.source, outcome.conversation
+        report.counts.add(outcome)
+        self._raw(outcome)
+        if outcome.bad or conversation is None:
+            self._bad(outcome.bad)
             return
-        report.render_seconds += time.perf_counter() - started
         self._repeats(conversation)
         self._placeholders(conversation)
-        if rendered is None or not any(rendered.loss_weights):
-            report.untrained.add(conversation.source)
-        else:
-            report.lengths.append(len(rendered.input_ids))
-            if len(rendered.input_ids) > report.max_length:
-                report.too_long.add(conversation.source)
-            else:
-                self._measure(conversation, rendered)
+        if outcome.untrained:
+            report.untrained.add(source)
+            return
+        report.lengths.extend(sample.length for sample in outcome.samples)
+        if any(sample.fate == "too_long" for sample in outcome.samples):
+            report.too_long.add(source)
+        if any(sample.cut for sample in outcome.samples):
+            report.cut.add(source)
+        used = [sample for sample in outcome.samples if sample.fate == "used"]
+        if used:
+            report.usable += 1
+            self._text(conversation)
+        for sample in used:
+            self._tokens(sample.rendered)
             if len(report.kept) < self.keep:
-                report.kept.append((conversation, rendered))
-        self.advance(1)
+                report.kept.append((sample.conversation, sample.rendered))
 
-    def _measure(self, conversation: Conversation, rendered: Rendered) -> None:
+    def _bad(self, error: str) -> None:
+        bad = _bad(error)
+        _count(self.report.reasons, re.sub(r"\d+", "N", bad.reason))
+        if len(self.report.bad_rows) < SHOWN_BAD:
+            self.report.bad_rows.append(bad)
+
+    def _raw(self, outcome: Outcome) -> None:
+        if isinstance(outcome.row, dict):
+            if _blank_reasoning(outcome.row):
+                self.report.empty_reasoning.add(outcome.source)
+            if isinstance(language := outcome.row.get("reasoning_language"), str):
+                _count(self.report.reasoning_languages, language)
+
+    def _tokens(self, rendered: Rendered) -> None:
         report = self.report
-        report.usable += 1
+        report.packed_lengths.append(len(rendered.input_ids))
         for channel, tokens in Counter(rendered.channels).items():
             report.channels.setdefault(channel, Share()).tokens += tokens
         trained = Counter(c for c, weight in zip(rendered.channels, rendered.loss_weights, strict=True) if weight > 0)
         for channel, tokens in trained.items():
             report.channels[channel].trained += tokens
+
+    def _text(self, conversation: Conversation) -> None:
+        report = self.report
         report.turns[sum(message.role == "user" for message in conversation.messages)] += 1
         letters: Counter[str] = Counter()
-        texts = chain.from_iterable((m.content, m.thinking or "") for m in conversation.messages if m.role != "tool")
-        for char, count in Counter("".join(texts)).items():
+        for char, count in Counter("".join(_texts(conversation))).items():
             if char.isalpha():
                 letters[_script(char)] += count
         report.letters.update(letters)
@@ -287,7 +292,7 @@ class _Collector:
 
     def _repeats(self, conversation: Conversation) -> None:
         report = self.report
-        row = _hash(repr((conversation.messages, conversation.tools, conversation.reasoning_effort)))
+        row = _hash(repr(replace(conversation, source="")))
         question = next((m.content.strip() for m in conversation.messages if m.role == "user"), None)
         asked = None if question is None else _hash(question)
         if row in self.seen:
@@ -299,27 +304,12 @@ class _Collector:
             self.asked.add(asked)
 
     def _placeholders(self, conversation: Conversation) -> None:
-        texts = chain.from_iterable((m.content, m.thinking or "") for m in conversation.messages)
+        texts = _texts(conversation, tools=True)
         names = {name for text in texts if "{{" in text for name in _LEFT.findall(text)}
         if names:
             self.report.placeholders.add(conversation.source)
             for name in names:
                 _count(self.report.placeholder_names, name)
-
-
-def estimate_packing(lengths: Sequence[int], max_length: int) -> Packing:
-    """Longest row first, each into the fullest sequence that still has room for it."""
-    rooms: list[int] = []
-    packs = 0
-    for length in sorted(lengths, reverse=True):
-        place = bisect_left(rooms, length)
-        if place < len(rooms):
-            room = rooms.pop(place)
-        else:
-            room = max_length
-            packs += 1
-        insort(rooms, room - length)
-    return Packing(packs, sum(lengths) / (packs * max_length) if packs else 0.0)
 
 
 def histogram(lengths: Sequence[int], bins: int) -> list[Bin]:
@@ -335,12 +325,20 @@ def histogram(lengths: Sequence[int], bins: int) -> list[Bin]:
     return [Bin(*part) for part in zip(starts, ends, (b - a for a, b in pairwise(edges)), strict=True)]
 
 
-def _bad(error: BadRow) -> Bad:
-    found = _PLACE.match(str(error))
+def _texts(conversation: Conversation, tools: bool = False) -> Iterator[str]:
+    """What is said, with or without the results of tools."""
+    yield conversation.text or ""
+    for message in conversation.messages:
+        if tools or message.role != "tool":
+            yield from (message.content, message.thinking or "")
+
+
+def _bad(error: str) -> Bad:
+    found = _PLACE.match(error)
     if not found:
-        return Bad("", None, _plain(str(error)))
+        return Bad("", None, plain(error))
     key = _KEY.match(found["reason"])
-    return Bad(found["source"], (key["missing"] or key["path"]) if key else None, _plain(found["reason"]))
+    return Bad(found["source"], (key["missing"] or key["path"]) if key else None, plain(found["reason"]))
 
 
 def _blank_reasoning(row: dict[str, Any]) -> bool:
@@ -369,10 +367,10 @@ def _hash(text: str) -> bytes:
 
 def _count(counter: Counter[str], key: str) -> None:
     """Count at most `_KINDS` different keys, the rest together."""
-    key = _plain(key)
+    key = plain(key)
     counter[key if key in counter or len(counter) < _KINDS else _OTHER] += 1
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Without control characters, which a terminal would obey, and lone surrogates, which cannot be written."""
     return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)

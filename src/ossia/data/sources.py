@@ -59,6 +59,10 @@ class Dataset:
         """Whether every row is taken once."""
         return self.rows is None and self.weight == 1
 
+    def count(self) -> int:
+        """How many rows its files have; reads them where only that tells."""
+        return sum(part.count() for part in self.parts)
+
     def size(self, total: int) -> int:
         """How many rows are taken of `total`."""
         return round((total if self.rows is None else self.rows) * self.weight)
@@ -66,12 +70,12 @@ class Dataset:
     def records(self, total: int, seed: int) -> Iterator[Record]:
         """Its rows in order, `size(total)` of them: whole copies, and a seeded sample for what is left over."""
         records = (record for part in self.parts for record in part.records())
-        if self.whole or not total:
+        if self.whole:
             yield from records
             return
         import numpy
 
-        copies, rest = divmod(self.size(total), total)
+        copies, rest = divmod(self.size(total), max(total, 1))
         drawn = numpy.zeros(total, bool)
         chance = numpy.random.default_rng([seed, zlib.crc32(self.word.encode())])
         drawn[chance.permutation(total)[:rest]] = True
@@ -89,6 +93,12 @@ def find_datasets(words: list[str], flag: str = "--dataset") -> list[Dataset]:
     Raises UsageError where something is missing, empty or of an unknown kind.
     """
     return [_dataset(word, flag) for word in words]
+
+
+def read_datasets(datasets: list[Dataset], seed: int) -> Iterator[Record]:
+    """Their rows, one after another."""
+    for dataset in datasets:
+        yield from dataset.records(0 if dataset.whole else dataset.count(), seed)
 
 
 def _dataset(word: str, flag: str) -> Dataset:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from ossia.config import InferConfig
 from ossia.config.parts import DataOptions
 from ossia.console import progress, say
-from ossia.data.prepare import Counts, conversations
+from ossia.data.render import Counts, conversations
 from ossia.errors import UsageError
 from ossia.infer.engine import Engine, Sampling
 from ossia.template.messages import Conversation, Message

@@ -12,7 +12,7 @@ from ossia.config import InferConfig, SftConfig
 from ossia.config.base import read_yaml
 from ossia.config.parts import TemplateOptions
 from ossia.console import say
-from ossia.data.sources import find_files
+from ossia.data.sources import find_datasets
 from ossia.errors import UsageError
 from ossia.model.folder import resolve_model
 from ossia.model.tokenizer import load_tokenizer
@@ -22,7 +22,7 @@ from ossia.train.folder import CONFIG, run_of
 
 def run(config: InferConfig) -> None:
     """Check, load, answer."""
-    find_files(config.val_dataset, "--val_dataset")
+    find_datasets(config.val_dataset, "--val_dataset")
     if config.val_dataset and not config.result_path:
         raise UsageError("--val_dataset needs --result_path FILE.jsonl for the answers")
     engine = load_engine(config)

@@ -24,15 +24,20 @@ def flash_attention_forward(
     attention_mask: Tensor | None,
     scaling: float,
     sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """[B, N, S, D] tensors to [B, S, N, D]. A mask (padding on the left, a cache) takes transformers' eager path."""
+    """[B, N, S, D] tensors to [B, S, N, D]. A mask (padding on the left, a cache) takes transformers' eager path.
+
+    `cu_seq_lens_q` and `max_length_q` are the documents of packed sequences, as transformers names them.
+    """
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         kwargs.pop("s_aux", None)
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs)
     q, k, v = (x.transpose(1, 2).to(torch.bfloat16) for x in (query, key, value))
     sinks: Tensor = module.sinks  # type: ignore[assignment]
-    return attention.flash(q, k, v, sinks, scaling, sliding_window), None
+    return attention.flash(q, k, v, sinks, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
 
 
 def supports_flash(device: torch.device, dtype: torch.dtype) -> bool:

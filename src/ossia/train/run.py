@@ -13,8 +13,10 @@ from ossia.adapters.targets import check_targets
 from ossia.compat import quiet_libraries
 from ossia.config import SftConfig
 from ossia.console import say, tool
-from ossia.data.prepare import TokenRow, prepare, split
-from ossia.data.sources import find_files
+from ossia.data.packing import PackedRows
+from ossia.data.prepare import prepare, split
+from ossia.data.sources import find_datasets
+from ossia.data.store import TokenRows
 from ossia.errors import OssiaError, UsageError
 from ossia.model.folder import resolve_model
 from ossia.model.tokenizer import load_tokenizer
@@ -69,8 +71,8 @@ def _check(config: SftConfig) -> None:
         raise UsageError("give --model DIR, or a hub id such as openai/gpt-oss-20b")
     if not config.dataset:
         raise UsageError("give --dataset FILE")
-    find_files(config.dataset)
-    find_files(config.val_dataset, "--val_dataset")
+    find_datasets(config.dataset)
+    find_datasets(config.val_dataset, "--val_dataset")
     if config.resume_from_checkpoint and not (Path(config.resume_from_checkpoint) / "trainer_state.json").is_file():
         raise UsageError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: no trainer_state.json there")
     from ossia.track import check_names
@@ -78,18 +80,27 @@ def _check(config: SftConfig) -> None:
     check_names(config.report_to)
 
 
-def _data(config: SftConfig, template: Any) -> tuple[list[TokenRow], list[TokenRow]]:
-    rows = prepare(config.dataset, template, config, "training data")
+def _data(config: SftConfig, template: Any) -> tuple[TokenRows, TokenRows | None]:
+    keep: dict[str, Any] = {"cache": config.load_from_cache_file, "processes": config.dataset_num_proc}
+    ratio = 0 if config.val_dataset else config.split_dataset_ratio
+    rows = prepare(config.dataset, template, config, "training data", for_split=ratio > 0, **keep)
     if config.val_dataset:
-        return rows, prepare(config.val_dataset, template, config, "held-out data", "--val_dataset")
-    if config.split_dataset_ratio > 0:
-        rows, held = split(rows, config.split_dataset_ratio, config.seed)
-        say(f"held out: {len(held):,} rows, {len(rows):,} left to train on")
-        return rows, held
-    return rows, []
+        return rows, prepare(config.val_dataset, template, config, "held-out data", "--val_dataset", **keep)
+    if not ratio:
+        return rows, None
+    rows, held, groups = split(rows, ratio, config.seed)
+    same = f"; {groups:,} groups of near duplicates, each on one side" if groups else ""
+    say(f"held out: {len(held):,} samples, {len(rows):,} left to train on{same}")
+    return rows, held
 
 
-def _train(config: SftConfig, tokenizer: Any, template: Any, rows: list[TokenRow], held: list[TokenRow]) -> SftResult:
+def _packed(config: SftConfig, rows: TokenRows) -> PackedRows:
+    packed = PackedRows(rows, config.packing_length or config.max_length)
+    say(f"packing: {len(rows):,} samples in {len(packed):,} sequences of {packed.capacity:,}, {packed.fill:.1%} full")
+    return packed
+
+
+def _train(config: SftConfig, tokenizer: Any, template: Any, rows: TokenRows, held: TokenRows | None) -> SftResult:
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -166,8 +177,8 @@ def _trainer(
     model: Any,
     tokenizer: Any,
     template: Any,
-    rows: list[TokenRow],
-    held: list[TokenRow],
+    rows: TokenRows,
+    held: TokenRows | None,
     trackers: Any,
 ) -> SftTrainer:
     from transformers import PrinterCallback
@@ -180,8 +191,8 @@ def _trainer(
         model,
         base_model=str(config.model),
         args=args,
-        train_dataset=rows,
-        eval_dataset=held or None,
+        train_dataset=_packed(config, rows) if config.packing else rows,
+        eval_dataset=held,
         data_collator=Collator(template.pad_id),
         tokenizer=tokenizer,
         callbacks=[LinesCallback(), TrackCallback(trackers), LinkCallback(Path(str(args.output_dir)))],

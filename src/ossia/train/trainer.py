@@ -12,14 +12,19 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ossia.adapters.io import load_adapter_tensors, save_adapter
+from ossia.data.collate import tokens_of
 from ossia.model.gpt_oss import LossOutput, OssiaGptOssForCausalLM
 from ossia.model.loss import loss_from_logits
+
+# What only our model takes. Others see packed documents by their position_ids; given bounds too, some of transformers'
+# attentions would read them for keys that have none.
+_OURS = ("labels", "loss_weights", "cu_seq_lens_q", "max_length_q")
 
 
 class SftTrainer(Trainer):
     """The one training loop.
 
-    A batch has `input_ids`, `labels`, `attention_mask` and `loss_weights`, [B, S] each. The loss of an optimizer
+    A batch is what a collator of `ossia.data.collate` makes: padded rows, or packed ones. The loss of an optimizer
     step is the weighted sum over all its tokens, on all processes, divided by the sum of their weights: the same
     whether they come as 1×8 or 8×1. `token_accuracy` counts positions of weight above 0.
     """
@@ -56,13 +61,13 @@ class SftTrainer(Trainer):
         total = weight.sum() if num_items_in_batch is None else num_items_in_batch
         loss = sums.loss / total * self.args.world_size
         if model.training:
-            self._window.add(sums, weight, inputs["attention_mask"])
+            self._window.add(sums, weight, tokens_of(inputs))
         return (loss, sums) if return_outputs else loss
 
     def _sums(self, model: nn.Module, inputs: dict[str, Tensor]) -> LossOutput:
         if self._ours:
             return model(**inputs)
-        rest = {name: value for name, value in inputs.items() if name not in ("labels", "loss_weights")}
+        rest = {name: value for name, value in inputs.items() if name not in _OURS}
         return loss_from_logits(model(**rest, use_cache=False).logits, inputs["labels"], inputs["loss_weights"])
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -133,15 +138,14 @@ class _Window(_Sums):
     def __init__(self) -> None:
         super().__init__()
         self.seconds = 0.0
-        self.masks: list[Tensor] = []
+        self.tokens: list[Tensor | int] = []
 
-    def add(self, sums: LossOutput, weight: Tensor, mask: Tensor | None = None) -> None:
+    def add(self, sums: LossOutput, weight: Tensor, tokens: Tensor | int = 0) -> None:
         super().add(sums, weight)
-        if mask is not None:
-            self.masks.append(mask.sum())
+        self.tokens.append(tokens)
 
     def metrics(self, device: torch.device, accelerator: Any) -> dict[str, float]:
-        tokens = torch.stack(self.masks).sum().double().to(device)
+        tokens = torch.as_tensor(sum(self.tokens), device=device).double()
         values = accelerator.reduce(torch.cat([self.tensor(device), tokens[None]])).tolist()
         return {
             "token_accuracy": round(values[2] / max(values[3], 1), 5),

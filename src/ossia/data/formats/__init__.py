@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ossia.data.formats import alpaca, kto, messages, multilingual_thinking, preference, query, sharegpt, text
-from ossia.data.formats.fields import has
 from ossia.data.readers import BadRow
 from ossia.errors import nearest
 from ossia.template.messages import EFFORTS, Conversation
@@ -65,8 +64,9 @@ def read_row(value: Any, source: str, columns: dict[str, str] | None = None) -> 
         raise BadRow(f'{source}: expected an object such as {{"messages": […]}}, got {type(value).__name__}')
     if columns:
         value = _renamed(value, source, columns)
+    present = {key for key, held in value.items() if held is not None}
     for form in FORMATS:
-        if all(has(value, *group) for group in form.needs) and form.accepts(value):
+        if not any(present.isdisjoint(group) for group in form.needs) and form.accepts(value):
             conversation = form.read(value, source)
             _common(conversation, value, source)
             known = _KEYS[form.name]

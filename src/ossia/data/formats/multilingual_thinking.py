@@ -1,4 +1,4 @@
-"""The columns of HuggingFaceH4/Multilingual-Thinking; where `messages` is there too, it is read, as it says the same."""
+"""The columns of HuggingFaceH4/Multilingual-Thinking; `messages` is read where it is there, as it says the same."""
 
 from __future__ import annotations
 

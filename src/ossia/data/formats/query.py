@@ -44,9 +44,10 @@ def find_answer(row: dict[str, Any], source: str) -> str | None:
     """The key of the answer; BadRow where none is there but one is misspelt."""
     key = first(row, ANSWERS)
     if key is None and not any(answer in row for answer in ANSWERS):
-        misspelt = next((answer for answer in ANSWERS if nearest(answer, row)), None)
-        if misspelt:
-            raise BadRow(f"{source}: no key {misspelt!r}{nearest(misspelt, row)}")
+        unknown = [name for name in row if name not in ("instruction", "question", "context", *QUESTIONS, *ALSO)]
+        for answer in ANSWERS:
+            if hint := nearest(answer, unknown):
+                raise BadRow(f"{source}: no key {answer!r}{hint}")
     return key
 
 

@@ -18,34 +18,53 @@ _backward = torch.ops.aten._flash_attention_backward
 
 
 def attention(
-    q_BSND: Tensor, k_BSMD: Tensor, v_BSMD: Tensor, sinks_N: Tensor, scale: float, window: int | None = None
+    q_BSND: Tensor,
+    k_BSMD: Tensor,
+    v_BSMD: Tensor,
+    sinks_N: Tensor,
+    scale: float,
+    window: int | None = None,
+    bounds: Tensor | None = None,
+    longest: int | None = None,
 ) -> Tensor:
-    """[B, S, N, D] bfloat16, from bfloat16 tensors on a GPU; sinks in any float."""
-    return _FlashSinks.apply(q_BSND, k_BSMD, v_BSMD, sinks_N, scale, window)
+    """[B, S, N, D] bfloat16, from bfloat16 tensors on a GPU; sinks in any float.
+
+    `longest` is the length of the longest document, needed with `bounds`: reading it from them would wait for the GPU.
+    """
+    if bounds is None:
+        return _FlashSinks.apply(q_BSND, k_BSMD, v_BSMD, sinks_N, scale, window, None, q_BSND.shape[1])
+    assert longest is not None, "bounds need the longest document's length"
+    flat = (x.flatten(0, 1) for x in (q_BSND, k_BSMD, v_BSMD))
+    return _FlashSinks.apply(*flat, sinks_N, scale, window, bounds, longest).view_as(q_BSND)
 
 
 class _FlashSinks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_BSND: Tensor, k_BSMD: Tensor, v_BSMD: Tensor, sinks_N: Tensor, scale: float, window: int | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks_N: Tensor,
+        scale: float,
+        window: int | None,
+        bounds: Tensor | None,
+        length: int,
     ) -> Tensor:
-        length = q_BSND.shape[1]
         left = None if window is None or window >= length else window - 1
         ctx.options = {"scale": scale, "window_size_left": left, "window_size_right": None if left is None else 0}
-        out, lse_BNS, rng, unused, _ = _forward(
-            q_BSND, k_BSMD, v_BSMD, None, None, length, length, 0.0, True, False, **ctx.options
-        )
-        sinks = sinks_N.float()[None, :, None]
-        share_BNS = torch.sigmoid(lse_BNS - sinks)
-        out = out * share_BNS.transpose(1, 2)[..., None].to(out.dtype)
-        ctx.save_for_backward(q_BSND, k_BSMD, v_BSMD, out, torch.logaddexp(lse_BNS, sinks), rng, unused)
+        out, lse, rng, unused, _ = _forward(q, k, v, bounds, bounds, length, length, 0.0, True, False, **ctx.options)
+        # [B, N, S]; with bounds [N, B·S], and out [B·S, N, D].
+        sinks = sinks_N.float()[:, None]
+        share = torch.sigmoid(lse - sinks)
+        out = out * share.transpose(-1, -2)[..., None].to(out.dtype)
+        ctx.length = length
+        ctx.save_for_backward(q, k, v, out, torch.logaddexp(lse, sinks), rng, unused, bounds)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, rng, unused = ctx.saved_tensors
-        length = q.shape[1]
-        gradients = _backward(
-            grads[0].contiguous(), q, k, v, out, lse, None, None, length, length, 0.0, True, rng, unused, **ctx.options
-        )
-        return (*gradients, None, None, None)
+        q, k, v, out, lse, rng, unused, bounds = ctx.saved_tensors
+        last = (bounds, bounds, ctx.length, ctx.length, 0.0, True, rng, unused)
+        gradients = _backward(grads[0].contiguous(), q, k, v, out, lse, *last, **ctx.options)
+        return (*gradients, None, None, None, None, None)

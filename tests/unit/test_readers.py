@@ -1,0 +1,111 @@
+"""Files of every kind, whole, packed, damaged."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from ossia.data import readers
+from ossia.data.readers import BadRow, count_records, decode, read_records, suffix_of
+
+ROWS = [{"instruction": f'q{i}\n,"{i}', "output": "答" * i} for i in range(1, 5)]
+
+
+def values(path):
+    """Rows as (value or error text, place behind the file's name)."""
+    found = []
+    for record in read_records(path):
+        try:
+            value = decode(record)
+        except BadRow as error:
+            value = str(error)
+        found.append((value, record.source.removeprefix(str(path))))
+    return found
+
+
+def write(path, data: bytes):
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    elif path.suffix == ".zst":
+        data = pa.Codec("zstd").compress(data, asbytes=True)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_kind_gives_the_same_rows(tmp_path, kind, packed):
+    path = tmp_path / f"a{kind}{packed}"
+    if kind == ".parquet":
+        if packed:
+            assert suffix_of(path) == ""
+            return
+        pa.parquet.write_table(pa.Table.from_pylist(ROWS), path)
+    elif kind == ".json":
+        write(path, b"\xef\xbb\xbf" + json.dumps(ROWS, ensure_ascii=False, indent=2).encode())
+    elif kind == ".jsonl":
+        write(path, b"\n".join(json.dumps(row).encode() for row in ROWS) + b"\n\n")
+    else:
+        cells = "".join('"{}","{}"\r\n'.format(*(v.replace('"', '""') for v in row.values())) for row in ROWS)
+        write(path, ("instruction,output\r\n" + cells).encode())
+    found = values(path)
+    assert [value for value, _ in found] == ROWS
+    places = {".jsonl": [":1", ":2", ":3", ":4"], ".json": [":2", ":6", ":10", ":14"], ".csv": [":2", ":4", ":6", ":8"]}
+    assert [place for _, place in found] == places.get(kind, [f" row {i}" for i in range(1, 5)])
+    assert count_records(path) == 4
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+def test_a_list_is_read_through_a_window_of_any_size(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(readers, "_CHUNK", size)
+    rows = [*ROWS, 12.5, -300, "x\n", None, [], {"deep": [[1, {"a": "]"}]]}]
+    path = write(tmp_path / "a.json", json.dumps(rows, indent=1, ensure_ascii=False).encode())
+    assert [value for value, _ in values(path)] == rows
+    assert values(write(path, b" [ ] ")) == []
+    assert values(write(path, b"[]")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "read", "message"),
+    [
+        ("a.json", b'[{"a": 1},\n]', 1, ":2: broken JSON"),
+        ("a.json", b'[{"a": 1}\n{"a": 2}]', 1, ":2: broken JSON: ',' or ']' expected"),
+        ("a.json", b'[{"a": 1},\n{"a": ', 1, ":2: broken JSON"),
+        ("a.json", b'[{"a": 1}', 1, ":1: broken JSON"),
+        ("a.json", b'{"a": 1}', 0, ":1: expected a list of rows, got dict"),
+        ("a.json", b'{"a": 1}\n{"a": 2}', 0, "rename a file of JSON lines to .jsonl"),
+        ("a.json", b"[1] 2", 1, "text after the list"),
+        ("a.json", b"[" * 100_000, 0, "nested too deeply"),
+        ("a.json", b"[" + b"1" * 5000 + b"]", 0, "not readable"),
+        ("a.json", b'["\xff"]', 0, "not UTF-8"),
+        ("a.json", b"  ", 0, ":1: broken JSON"),
+        ("a.jsonl", b'{"a": \n', 0, ":1: broken JSON at character"),
+        ("a.jsonl", b'{"a": 1}\n\xff\xfe\n', 1, ":2: not UTF-8 (byte 0"),
+        ("a.jsonl", b"[" * 100_000, 0, ":1: nested too deeply"),
+        ("a.csv", b"a,b\n1,2\n3\n", 1, ":3: 1 cells under 2 columns"),
+        ("a.csv", b"a,a\n1,2\n", 0, ":1: the first line must name every column"),
+        ("a.csv", b'a,b\n1,2\n"3', 1, ":3: not CSV"),
+        ("a.csv", b"a,b\n1,\xff\n", 0, "not UTF-8"),
+        ("a.parquet", b"PAR1 no", 0, "not a Parquet file"),
+    ],
+)
+def test_damage_is_named_and_what_came_before_is_read(tmp_path, name, data, read, message):
+    found = values(write(tmp_path / name, data))
+    assert len(found) == read + 1
+    assert message in found[-1][0]
+    assert name in found[-1][0]
+    assert count_records(tmp_path / name) == read + 1
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+def test_a_cut_archive_is_named_and_its_beginning_is_read(tmp_path, packed):
+    path = write(tmp_path / f"a.jsonl{packed}", b"".join(f'{{"n": {i * 7919}}}\n'.encode() for i in range(200_000)))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    found = values(path)
+    assert len(found) > 10_000
+    assert found[9_999] == ({"n": 9_999 * 7919}, ":10000")
+    assert "cut or damaged" in found[-1][0] or "broken JSON" in found[-1][0]
