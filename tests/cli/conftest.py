@@ -24,7 +24,7 @@ class Ossia:
             [sys.executable, "-m", "ossia", *map(str, args)],
             cwd=self.cwd,
             input=stdin,
-            env={**variables, "HF_HUB_OFFLINE": "1", **(env or {})},
+            env={**variables, "HF_HUB_OFFLINE": "1", "OSSIA_CACHE": str(self.cwd.parent / "cache"), **(env or {})},
             capture_output=True,
             text=True,
             timeout=240,

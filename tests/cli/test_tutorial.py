@@ -57,7 +57,6 @@ def test_flags_without_meaning_here_are_said_and_the_run_goes_on(ossia, tiny_gpt
     out = train(ossia, tiny_gpt_oss, rows, epochs=1)
     assert "--use_liger_kernel: not needed" in out
     assert "--deepspeed zero3: one process has nothing to shard" in out
-    assert "--load_from_cache_file false" in out
     assert "no row has {{NAME}}" in out
 
 
@@ -103,6 +102,41 @@ def test_two_processes_are_started_and_train_as_one(ossia, tiny_gpt_oss, rows, t
         return [row["loss"] for row in map(json.loads, file.read_text().splitlines()) if "loss" in row]
 
     assert losses("two") == pytest.approx(losses("one"), rel=1e-4)
+
+
+def test_packed_rows_train_as_padded_ones_do(ossia, tiny_gpt_oss, rows, tmp_path):
+    """All rows in one step, packed or not: one loss, one gradient norm."""
+    found = []
+    for packing, batch in (("false", 12), ("true", 1)):
+        out = ossia.ok(
+            *(
+                "sft",
+                "--model",
+                tiny_gpt_oss,
+                "--dataset",
+                rows,
+                "--output_dir",
+                tmp_path / packing,
+                "--add_version",
+                "false",
+            ),
+            *(
+                "--max_steps",
+                1,
+                "--logging_steps",
+                1,
+                "--per_device_train_batch_size",
+                batch,
+                "--torch_dtype",
+                "float32",
+            ),
+            *("--packing", packing, *(["--packing_length", 8192] if packing == "true" else [])),
+        )
+        assert ("packing: 12 samples in 1 sequences of 8,192" in out) == (packing == "true")
+        lines = (tmp_path / packing / "metrics.jsonl").read_text().splitlines()
+        found.append(next(line for line in map(json.loads, lines) if "loss" in line))
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-4)
+    assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-3)
 
 
 def test_accumulated_batches_equal_one_batch(ossia, tiny_gpt_oss, rows, tmp_path):

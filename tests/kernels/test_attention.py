@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
@@ -30,13 +32,19 @@ def test_reference_equals_transformers(window):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a CUDA GPU")
 @pytest.mark.parametrize("window", [None, 128, 7])
 @pytest.mark.parametrize("length", [1, 77, 300])
-def test_flash_and_its_gradients_against_float64(length, window):
+@pytest.mark.parametrize("packed", [False, True])
+def test_flash_and_its_gradients_against_float64(length, window, packed):
     q, k, v, sinks = case(2, length, 8, 2, 64, torch.bfloat16, "cuda")
-    out = attention.flash(q, k, v, sinks, 0.125, window)
+    bounds = longest = None
+    if packed:
+        places = sorted({0, length // 7, length // 2, length, length + length // 3, 2 * length})
+        longest = max(end - start for start, end in pairwise(places))
+        bounds = torch.tensor(places, dtype=torch.int32, device="cuda")
+    out = attention.flash(q, k, v, sinks, 0.125, window, bounds, longest)
     probe = torch.randn_like(out)
     out.backward(probe)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = attention.reference(*exact, sinks, 0.125, window)
+    expected = attention.reference(*exact, sinks, 0.125, window, bounds)
     expected.backward(probe.double())
     pairs = [(out, expected), *((x.grad, e.grad) for x, e in zip((q, k, v), exact, strict=True))]
     for got, want in pairs:

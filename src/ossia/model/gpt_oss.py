@@ -9,11 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GptOssConfig, GptOssForCausalLM
+from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_sliding_window_causal_mask as create_window_mask
 from transformers.utils import ModelOutput
 
 from ossia.kernels.linear_cross_entropy import linear_cross_entropy
 from ossia.model import attention
 from ossia.model.experts import Experts
+
+
+_MASKS = ("full_attention", "sliding_attention")
 
 
 @dataclass
@@ -77,15 +82,35 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
     ) -> Any:
         """As transformers' forward; or, with `labels` [B, S] and `loss_weights` [B, S], the summed loss.
 
-        Rows with a loss are padded on the right.
+        Rows with a loss are padded on the right, or packed: then `position_ids` restart with each row and there is no
+        mask (`cu_seq_lens_q` and `max_length_q` say the same to attention on the GPU).
         """
+        trains = loss_weights is not None and labels is not None
+        if trains and self.config._attn_implementation == attention.NAME:
+            # Causal attention never looks right, so padding there needs no mask.
+            kwargs["attention_mask"] = dict.fromkeys(_MASKS)
+        else:
+            kwargs |= self._masks(input_ids, **kwargs)
         if loss_weights is None or labels is None:
             return super().forward(input_ids=input_ids, labels=labels, **kwargs)
-        if self.config._attn_implementation == attention.NAME:
-            # Causal attention never looks right, so padding there needs no mask.
-            kwargs["attention_mask"] = dict.fromkeys(("full_attention", "sliding_attention"))
         hidden = self.model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
         return LossOutput(*shifted_loss(hidden, self.lm_head.weight, labels, loss_weights))
+
+    def _masks(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Masks of packed rows: transformers 5.23 makes gpt-oss's without the positions, and rows see each other."""
+        if input_ids is None or position_ids is None or attention_mask is not None or past_key_values is not None:
+            return {}
+        like = self.model.embed_tokens.weight.new_empty(*input_ids.shape, 1)
+        make = {"config": self.config, "inputs_embeds": like, "attention_mask": None, "past_key_values": None}
+        both = (create(**make, position_ids=position_ids) for create in (create_causal_mask, create_window_mask))
+        return {"attention_mask": dict(zip(_MASKS, both, strict=True))}
 
 
 def shifted_loss(hidden: Tensor, head_VH: Tensor, labels: Tensor, loss_weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -109,6 +109,7 @@ def _train(config: SftConfig, tokenizer: Any, template: Any, rows: TokenRows, he
     from ossia.adapters.inject import add_lora, base_parameters, coverage_lines
     from ossia.model.load import load_model, pick_device, pick_dtype
     from ossia.track import Status, make_trackers
+    from ossia.train.trainer import check_packing
 
     quiet_libraries()
     device = pick_device(config.device)
@@ -134,6 +135,8 @@ def _train(config: SftConfig, tokenizer: Any, template: Any, rows: TokenRows, he
         target_modules=config.target_modules,
         target_experts=config.target_experts,
     )
+    if config.packing:
+        check_packing(wrapped)
     for line in coverage_lines(wrapped, total):
         say(line)
     made = [str(new_run_folder(config.output_dir, config.add_version)) if state.is_main_process else ""]

@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from ossia.adapters.io import load_adapter_tensors, save_adapter
 from ossia.data.collate import tokens_of
+from ossia.errors import UsageError
 from ossia.model.gpt_oss import LossOutput, OssiaGptOssForCausalLM
 from ossia.model.loss import loss_from_logits
 
@@ -37,7 +38,6 @@ class SftTrainer(Trainer):
         self.base_model = base_model
         # The Trainer would divide once more by the accumulation steps if it believed the loss a mean per batch.
         self.model_accepts_loss_kwargs = True
-        self._ours = isinstance(model.get_base_model(), OssiaGptOssForCausalLM)
         self._window = _Window()
         self._eval = _Sums()
 
@@ -55,7 +55,7 @@ class SftTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Weighted sum divided by the step's weight, times the processes that will average it."""
-        sums = self._sums(model, inputs)
+        sums = sums_of(model, inputs)
         assert sums.loss is not None
         weight = inputs["loss_weights"][:, 1:]
         total = weight.sum() if num_items_in_batch is None else num_items_in_batch
@@ -63,12 +63,6 @@ class SftTrainer(Trainer):
         if model.training:
             self._window.add(sums, weight, tokens_of(inputs))
         return (loss, sums) if return_outputs else loss
-
-    def _sums(self, model: nn.Module, inputs: dict[str, Tensor]) -> LossOutput:
-        if self._ours:
-            return model(**inputs)
-        rest = {name: value for name, value in inputs.items() if name not in _OURS}
-        return loss_from_logits(model(**rest, use_cache=False).logits, inputs["labels"], inputs["loss_weights"])
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's, timed."""
@@ -81,7 +75,7 @@ class SftTrainer(Trainer):
         """The batch's mean loss; its sums are kept for the exact mean over the set."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            sums = self._sums(model, inputs)
+            sums = sums_of(model, inputs)
         assert sums.loss is not None
         weight = inputs["loss_weights"][:, 1:]
         self._eval.add(sums, weight)
@@ -114,6 +108,37 @@ class SftTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_adapter_tensors(self.accelerator.unwrap_model(self.model), Path(str(self.state.best_model_checkpoint)))
+
+
+def sums_of(model: nn.Module, inputs: dict[str, Any]) -> LossOutput:
+    """Summed loss and right guesses of a batch, from our model's fused loss or any other's logits."""
+    if isinstance(_base(model), OssiaGptOssForCausalLM):
+        return model(**inputs)
+    rest = {name: value for name, value in inputs.items() if name not in _OURS}
+    return loss_from_logits(model(**rest, use_cache=False).logits, inputs["labels"], inputs["loss_weights"])
+
+
+def check_packing(model: nn.Module) -> None:
+    """Raise UsageError where the model lets packed rows see each other, as some of transformers' do."""
+    ids = torch.arange(3, 11, device=next(model.parameters()).device)[None]
+    positions = torch.arange(4, device=ids.device).repeat(2)[None]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:].float()
+        alone = model(input_ids=ids[:, 4:], use_cache=False).logits.float()
+    model.train(was_training)
+    if (packed - alone).norm() > 0.02 * alone.norm():
+        raise UsageError(
+            f"--packing true: {type(_base(model)).__name__} of transformers lets packed rows see each other; "
+            "train this model without --packing"
+        )
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model inside a distributed wrapper and PEFT's."""
+    inner = getattr(model, "module", model)
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
 class _Sums:
