@@ -70,7 +70,7 @@ def test_metrics_and_options_of_the_run(run, ossia, tmp_path):
 
 
 def test_adapter_works_from_any_folder(run, tmp_path, monkeypatch):
-    from tests.cli.conftest import Ossia
+    from tests.conftest import Ossia
 
     (tmp_path / "elsewhere").mkdir()
     out = Ossia(tmp_path / "elsewhere").ok("infer", "--adapters", run / "last", "--max_new_tokens", 2, stdin="hi\n")

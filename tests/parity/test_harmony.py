@@ -9,7 +9,10 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from ossia.data.formats import read_row
 from ossia.errors import OssiaError
 from ossia.template import load_template, parse_loss_scale
 from ossia.template.harmony import tools_section
@@ -152,6 +155,10 @@ def alpaca(row):
     return Conversation([*messages, Message("user", question), Message("assistant", row["output"])])
 
 
+def gsm8k(row):
+    return Conversation([Message("user", row["question"]), Message("assistant", row["answer"])])
+
+
 def openai(row):
     return Conversation([Message(m["role"], m["content"], m.get("thinking")) for m in row["messages"]])
 
@@ -179,6 +186,7 @@ def sharegpt(row):
         ("llamafactory_alpaca_zh_demo.json", alpaca),
         ("selfllm_huanhuan.json", alpaca),
         ("derived_alpaca_with_history_zh.jsonl", alpaca),
+        ("gsm8k_test.jsonl", gsm8k),
         ("derived_gsm8k_test_as_multilingual_thinking.jsonl", openai),
         ("derived_llamafactory_reason_as_multilingual_thinking.jsonl", openai),
         ("llamafactory_kto_en_demo.json", openai),
@@ -188,9 +196,13 @@ def sharegpt(row):
 )
 def test_rows_of_public_data_are_those_of_openai_harmony(template, oracle, name, read):
     for number, row in enumerate(rows_of(name)):
-        conversation = read(row)
-        conversation.source = f"{name}:{number}"
+        conversation = read_row(row, f"{name}:{number}").conversation
+        mine, its = ([(m.role, m.content, m.thinking, m.tool_calls) for m in c.messages] for c in (conversation, read(row)))
+        assert (mine, conversation.tools) == (its, read(row).tools)
         assert_parity(template, oracle, conversation)
+        if conversation.rejected:
+            turns = [*conversation.messages[:-1], *conversation.rejected]
+            assert_parity(template, oracle, Conversation(turns, conversation.tools, source=conversation.source))
 
 
 WORDS = [
@@ -268,11 +280,10 @@ def conversation(rng) -> Conversation:
     return Conversation(messages, tools, rng.choice([None, "low", "medium", "high"]), "generated")
 
 
-def test_generated_conversations_are_those_of_openai_harmony(template, oracle):
-    for seed in range(1000):
-        row = conversation(random.Random(seed))
-        row.source = f"seed {seed}"
-        assert_parity(template, oracle, row)
+@settings(max_examples=2000, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(st.randoms(use_true_random=False))
+def test_two_thousand_generated_conversations_are_those_of_openai_harmony(template, oracle, rng):
+    assert_parity(template, oracle, conversation(rng))
 
 
 def test_prompts_are_those_of_harmonys_own_dropping_with_one_final_answer(template, oracle):

@@ -84,7 +84,7 @@ def test_packed_and_padded_give_one_loss_and_one_gradient(model):
 def test_a_row_sees_nothing_of_the_others(model):
     found = rows(4)
     batch = COLLATE([found])
-    before = [weight for weight in _logits(model, batch).split([len(row) for row in found])]
+    before = list(_logits(model, batch).split([len(row) for row in found]))
     found[1] = rows(2, seed=5)[1]
     found[1] = TokenRow(
         *(np.resize(part, len(rows(4)[1])) for part in (found[1].input_ids, found[1].labels, found[1].loss_weights))

@@ -12,6 +12,7 @@ from typing import Any
 from ossia.config import PreviewConfig
 from ossia.data.page import write_page
 from ossia.data.render import Counts, Renderer, refuse
+from ossia.data.report import plain
 from ossia.data.sources import Dataset, find_datasets, read_datasets
 from ossia.data.tokens import open_template, pieces
 from ossia.errors import OssiaError
@@ -70,16 +71,16 @@ def _print(number: int, conversation: Conversation, rendered: Rendered, tokenize
     for message in conversation.messages:
         label = f"{message.role} {message.name}" if message.name else message.role
         if message.thinking:
-            console.print(Text(f"{label}, reasoning: {message.thinking}", style="dim"))
+            console.print(Text(_shown(f"{label}, reasoning: {message.thinking}"), style="dim"))
         if message.content:
-            console.print(Text.assemble((f"{label}: ", "bold"), message.content))
+            console.print(Text.assemble((_shown(f"{label}: "), "bold"), _shown(message.content)))
         for call in message.tool_calls:
-            console.print(Text.assemble((f"{label} calls ", "bold"), f"{call.name}({call.arguments})"))
+            console.print(Text.assemble((f"{label} calls ", "bold"), _shown(f"{call.name}({call.arguments})")))
     console.print()
     text = Text()
     shown = zip(pieces(tokenizer, rendered.input_ids), rendered.loss_weights, strict=True)
     for weight, run in groupby(shown, key=lambda pair: pair[1]):
-        part = "".join(piece for piece, _ in run)
+        part = _shown("".join(piece for piece, _ in run))
         text.append(part, style="dim" if weight == 0 else "bold green" if weight >= 1 else "yellow")
     console.print(text)
     legend = Text(f"{len(rendered.input_ids)} tokens, {trained} carry loss: ", style="italic")
@@ -89,3 +90,7 @@ def _print(number: int, conversation: Conversation, rendered: Rendered, tokenize
     legend.append(" less, grey none")
     console.print(legend)
     console.print()
+
+
+def _shown(text: str) -> str:
+    return plain(text, keep="\n\t")

@@ -371,6 +371,6 @@ def _count(counter: Counter[str], key: str) -> None:
     counter[key if key in counter or len(counter) < _KINDS else _OTHER] += 1
 
 
-def plain(text: str) -> str:
+def plain(text: str, keep: str = "") -> str:
     """Without control characters, which a terminal would obey, and lone surrogates, which cannot be written."""
-    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else "?" for c in text)

@@ -17,7 +17,6 @@ from ossia.kernels.linear_cross_entropy import linear_cross_entropy
 from ossia.model import attention
 from ossia.model.experts import Experts
 
-
 _MASKS = ("full_attention", "sliding_attention")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ossia.data.formats.fields import first, listed, parsed, text
+from ossia.data.formats.fields import first, parsed, shown, text
 from ossia.data.formats.messages import read_messages, with_system
 from ossia.data.readers import BadRow
 from ossia.errors import nearest
@@ -56,8 +56,10 @@ def read_history(row: dict[str, Any], source: str) -> list[Message]:
     value = row.get("history")
     if isinstance(value, str):
         value = parsed(value, f"{source}: history") if value.strip() else []
+    if value and not isinstance(value, list):
+        raise BadRow(f"{source}: history is {shown(value)}; a list of pairs is needed")
     messages: list[Message] = []
-    for number, pair in enumerate(listed(value, f"{source}: history") if value else [], start=1):
+    for number, pair in enumerate(value or [], start=1):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
             raise BadRow(f"{source}: history entry {number} is not a pair [question, answer]")
         if not pair[1].strip():
