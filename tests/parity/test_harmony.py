@@ -170,7 +170,11 @@ def sharegpt(row):
         kind, value = entry["from"], entry["value"]
         if kind == "function_call":
             call = json.loads(value)
-            messages.append(Message("assistant", tool_calls=(ToolCall(call["name"], json.dumps(call["arguments"])),)))
+            messages.append(
+                Message(
+                    "assistant", tool_calls=(ToolCall(call["name"], json.dumps(call["arguments"], ensure_ascii=False)),)
+                )
+            )
         else:
             role = {"human": "user", "gpt": "assistant", "observation": "tool", "system": "system"}[kind]
             messages.append(Message(role, value))
@@ -197,7 +201,9 @@ def sharegpt(row):
 def test_rows_of_public_data_are_those_of_openai_harmony(template, oracle, name, read):
     for number, row in enumerate(rows_of(name)):
         conversation = read_row(row, f"{name}:{number}").conversation
-        mine, its = ([(m.role, m.content, m.thinking, m.tool_calls) for m in c.messages] for c in (conversation, read(row)))
+        mine, its = (
+            [(m.role, m.content, m.thinking, m.tool_calls) for m in c.messages] for c in (conversation, read(row))
+        )
         assert (mine, conversation.tools) == (its, read(row).tools)
         assert_parity(template, oracle, conversation)
         if conversation.rejected:
