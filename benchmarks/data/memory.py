@@ -48,9 +48,10 @@ def watch(process: subprocess.Popen[str]) -> dict[str, float]:
     while process.poll() is None:
         try:
             family = [parent, *parent.children(recursive=True)]
-            now = {"resident": sum(p.memory_info().rss for p in family), "own": sum(p.memory_full_info().uss for p in family)}  # fmt: skip
+            held = [member.memory_full_info() for member in family]
         except psutil.Error:
             continue
+        now = {"resident": sum(memory.rss for memory in held), "own": sum(memory.uss for memory in held)}
         peak = {name: max(peak[name], now[name] / 1e9) for name in peak}
         time.sleep(0.1)
     return {name: round(value, 3) for name, value in peak.items()}

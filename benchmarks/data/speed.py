@@ -96,7 +96,8 @@ def main() -> None:
                 "rows_per_second": {"median": round(median(rates)), "low": round(rates[0]), "high": round(rates[-1])},
             }
         )
-        print(f"{name:16} {processes} processes  {found[0][1]:7,} rows  {median(rates):8,.0f} rows/s  ({rates[0]:,.0f} to {rates[-1]:,.0f})")  # fmt: skip
+        spread = f"({rates[0]:,.0f} to {rates[-1]:,.0f})"
+        print(f"{name:16} {processes} processes  {found[0][1]:7,} rows  {median(rates):8,.0f} rows/s  {spread}")
     if config.out:
         config.out.write_text(json.dumps({**environment(config.swift), "results": results}, indent=1) + "\n")
 
@@ -116,7 +117,8 @@ def environment(swift_python: str | None) -> dict[str, object]:
         "versions": {name: version(name) for name in ("tokenizers", "transformers", "pyarrow")},
     }
     if swift_python:
-        code = "import json; from importlib.metadata import version as v; print(json.dumps({n: v(n) for n in ('ms-swift', 'tokenizers', 'transformers', 'datasets')}))"  # fmt: skip
+        names = ("ms-swift", "tokenizers", "transformers", "datasets")
+        code = f"import json, importlib.metadata as m; print(json.dumps({{n: m.version(n) for n in {names}}}))"
         found["swift_versions"] = json.loads(subprocess.check_output([swift_python, "-c", code], text=True))
     return found
 

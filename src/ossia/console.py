@@ -56,7 +56,7 @@ def _bar(label: str, total: float, unit: str) -> Iterator[Advance]:
         def advance(amount: float) -> None:
             bar.advance(task, amount)
             rate = bar.tasks[0].completed / max(time.monotonic() - started, 1e-9)
-            bar.update(task, rate=f"{rate:.1f} {unit}/s")
+            bar.update(task, rate=f"{_amount(rate)} {unit}/s")
 
         yield advance
 
@@ -77,7 +77,12 @@ class _Lines:
         self.said = now
         rate = self.done / (now - self.started)
         left = (self.total - self.done) / rate if rate else float("inf")
-        say(f"{self.label}: {self.done:g} of {self.total:g} {self.unit}, {rate:.1f}/s, {left:.0f} s left")
+        amounts = f"{_amount(self.done)} of {_amount(self.total)} {self.unit}"
+        say(f"{self.label}: {amounts}, {_amount(rate)}/s, {left:.0f} s left")
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def tool(name: str) -> str:

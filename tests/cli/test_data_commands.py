@@ -106,3 +106,6 @@ def test_rows_found_in_public(ossia):
     assert stats["channels"]["analysis"]["tokens"] > 100_000
     assert sum(part["rows"] for part in stats["histogram"]) == 1410
     assert stats["packing"]["fill"] > 0.9
+    for name in ("llamafactory_alpaca_en_demo.json", "llamafactory_alpaca_zh_demo.json", "gsm8k_test.jsonl", names[0]):
+        one = ("--model", SHARED / "tokenizer", "--dataset", folder / name, "--max_length", 4096, "--format", "json")
+        assert json.loads(ossia.ok("data", "stats", *one))["packing"]["fill"] >= 0.97, name

@@ -50,7 +50,7 @@ def test_layout():
 @pytest.fixture(scope="module", params=["gpt-oss", "llama"])
 def model(request, tiny_gpt_oss, tiny_llama):
     torch.manual_seed(0)
-    base = load_model(tiny_gpt_oss if request.param == "gpt-oss" else tiny_llama)
+    base = load_model(tiny_gpt_oss if request.param == "gpt-oss" else tiny_llama, device="cpu")
     experts = "all" if request.param == "gpt-oss" else "none"
     model = add_lora(base, rank=4, alpha=16, target_modules=["all-linear"], target_experts=experts)
     for name, weight in model.named_parameters():

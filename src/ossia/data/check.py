@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ossia.config import CheckConfig, StatsConfig
 from ossia.console import Advance, progress
 from ossia.data.page import write_page
-from ossia.data.report import Found, Report, collect, histogram, plain
+from ossia.data.report import Found, Report, collect, histogram
 from ossia.data.sources import find_datasets
 from ossia.data.tokens import open_template
 from ossia.errors import OssiaError
@@ -131,11 +131,10 @@ def _head(console: Console, report: Report) -> None:
     rows = "1 row" if report.rows == 1 else f"{report.rows:,} rows"
     console.print(f"{files}: {rows}, {report.usable:,} can be trained on", style="bold", soft_wrap=True)
     console.print(f"formats: {kinds}", soft_wrap=True)
-    if unused := report.counts.unused:
-        names = ", ".join(f"{name} ({count:,})" for name, count in unused.most_common(8))
-        console.print(f"columns not used: {plain(names)}", soft_wrap=True)
+    if unused := report.unused():
+        console.print(f"columns not used: {unused}", soft_wrap=True)
     if untrainable := report.untrainable():
-        console.print(f"not for ossia sft: {untrainable}", soft_wrap=True)
+        console.print(f"ossia sft does not train {untrainable}", style="yellow", soft_wrap=True)
 
 
 def _print_check(report: Report) -> None:

@@ -240,6 +240,8 @@ def _run(worker: _Worker, chunks: Iterable[list[Record]], processes: int) -> Ite
 
 def _cached(job: _Job, folder: Path) -> tuple[Counts, TokenRows]:
     entry = folder / job.key()
+    while os.environ.get("LOCAL_RANK", "0") != "0" and not (entry / _COUNTS).is_file():
+        time.sleep(0.2)  # the first process of a machine makes it; the launcher ends the others if that fails
     with FileLock(f"{entry}.lock"):
         if (entry / _COUNTS).is_file():
             counts = Counts.from_json((entry / _COUNTS).read_text(encoding="utf-8"))

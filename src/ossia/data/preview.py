@@ -76,6 +76,10 @@ def _print(number: int, conversation: Conversation, rendered: Rendered, tokenize
             console.print(Text.assemble((_shown(f"{label}: "), "bold"), _shown(message.content)))
         for call in message.tool_calls:
             console.print(Text.assemble((f"{label} calls ", "bold"), _shown(f"{call.name}({call.arguments})")))
+    for message in conversation.rejected or ():
+        console.print(Text.assemble(("rejected: ", "bold red"), _shown(message.content)))
+    if conversation.label is not None:
+        console.print(Text(f"the last answer is {'good' if conversation.label else 'bad'}", style="bold"))
     console.print()
     text = Text()
     shown = zip(pieces(tokenizer, rendered.input_ids), rendered.loss_weights, strict=True)

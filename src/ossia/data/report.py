@@ -124,6 +124,12 @@ class Report:
         """Rows of each format."""
         return self.counts.formats
 
+    def unused(self) -> str:
+        """Columns that mean nothing to their rows' formats."""
+        found = self.counts.unused
+        names = ", ".join(f"{name} ({count:,})" for name, count in found.most_common(8))
+        return plain(names) + (" …" if len(found) > 8 else "")
+
     def untrainable(self) -> str:
         """The rows that supervised fine-tuning refuses."""
         kinds = [f"{self.formats[name]:,} {name} rows" for name in ("preference", "kto") if self.formats[name]]
