@@ -256,7 +256,7 @@ class _Collector:
             report.cut.add(source)
         used = [sample for sample in outcome.samples if sample.fate == "used"]
         if used:
-            report.usable += 1
+            report.usable += conversation.rejected is None and conversation.label is None
             self._text(conversation)
         for sample in used:
             self._tokens(sample.rendered)
