@@ -127,6 +127,7 @@ def test_cache_is_used_while_nothing_changes(file, template, tokenizer, tmp_path
     assert made([name], template, DataOptions(max_length=999))
     assert made([name], template, DataOptions(on_bad_row="skip"))
     assert made([name], template, DataOptions(columns={"x": "y"}))
+    assert not made([name], template, DataOptions(seed=1)), "nothing is drawn"
     assert made([name + "#3"], template)
     assert made([name + "#3"], template, DataOptions(seed=1))
     assert made([name], load_template(tokenizer, loss=LossWeights(base="all")))

@@ -146,10 +146,12 @@ class _Job:
 
     def key(self) -> str:
         """A hash of everything that the rows depend on."""
-        options = self.options
+        options = {name: getattr(self.options, name) for name in vars(DataOptions())}
+        if all(dataset.whole for dataset in self.datasets):
+            del options["seed"]
         parts = {
             "data": [[d.word, d.rows, d.weight, [[p.name, p.digest()] for p in d.parts]] for d in self.datasets],
-            "options": {name: value for name, value in vars(options).items() if name in vars(DataOptions())},
+            "options": options,
             "template": self.template.fingerprint(),
             "code": _code(),
             "split": self.for_split,

@@ -96,7 +96,8 @@ class Counts:
             self.shortest = min(self.shortest or sample.length, sample.length)
             self.too_long += sample.fate == "too_long"
             if sample.fate == "used":
-                self.cut[sample.cut] += bool(sample.cut)
+                if sample.cut:
+                    self.cut[sample.cut] += 1
                 self.samples += 1
                 self.tokens += len(sample.rendered.input_ids)
                 weights = sample.rendered.loss_weights
@@ -158,7 +159,7 @@ class Counts:
         }
         lines += [text for cut, text in said.items() if self.cut[cut]]
         if self.untrained:
-            lines.append(f"{self.untrained:,} rows skipped: no token in them carries loss")
+            lines.append(f"{self.untrained:,} rows skipped without loss, first: {self.first_untrained}")
         if (options.model_name or options.model_author) and not self.filled:
             lines.append("no row has {{NAME}} or {{AUTHOR}}; --model_name and --model_author change nothing")
         return [f"{label}: {line}" for line in lines]
