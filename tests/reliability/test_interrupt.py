@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -42,6 +43,23 @@ def test_training_stopped_half_way_keeps_metrics_and_checkpoints(tiny_gpt_oss, r
     run = next(tmp_path.glob("output/v0-*"))
     assert all(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     assert (run / "last" / "adapter_model.safetensors").is_file()
+
+
+def test_an_interrupt_that_a_library_swallows_still_ends_training():
+    import pytest
+
+    from ossia.train.callbacks import InterruptCallback
+
+    callback, before = InterruptCallback(), signal.getsignal(signal.SIGINT)
+    callback.on_train_begin(None, None, None)
+    callback.on_step_begin(None, None, None)
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("not raised")
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_step_begin(None, None, None)
+    callback.on_train_end(None, None, None)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_export_stopped_half_way_leaves_nothing(tmp_path, tiny_gpt_oss, monkeypatch):

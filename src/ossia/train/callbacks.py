@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,36 @@ class LinkCallback(TrainerCallback):
             return
         point(self.run, "last", str(self.run / f"checkpoint-{state.global_step}"))
         point(self.run, "best", state.best_model_checkpoint or str(self.run / f"checkpoint-{state.global_step}"))
+
+
+class InterruptCallback(TrainerCallback):
+    """Makes sure that Ctrl-C ends training: where a library swallows the KeyboardInterrupt, the next step raises it."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        self.asked = True
+        raise KeyboardInterrupt
 
 
 def _duration(seconds: float) -> str:

@@ -187,7 +187,7 @@ def _trainer(
     from transformers import PrinterCallback
 
     from ossia.data.collate import Collator
-    from ossia.train.callbacks import LinesCallback, LinkCallback, TrackCallback
+    from ossia.train.callbacks import InterruptCallback, LinesCallback, LinkCallback, TrackCallback
     from ossia.train.trainer import SftTrainer
 
     trainer = SftTrainer(
@@ -198,7 +198,12 @@ def _trainer(
         eval_dataset=held,
         data_collator=Collator(template.pad_id),
         tokenizer=tokenizer,
-        callbacks=[LinesCallback(), TrackCallback(trackers), LinkCallback(Path(str(args.output_dir)))],
+        callbacks=[
+            InterruptCallback(),
+            LinesCallback(),
+            TrackCallback(trackers),
+            LinkCallback(Path(str(args.output_dir))),
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
