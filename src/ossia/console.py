@@ -85,6 +85,11 @@ def _amount(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def plain(text: str, keep: str = "") -> str:
+    """Without control characters, which a terminal would obey, and lone surrogates, which cannot be written."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else "?" for c in text)
+
+
 def tool(name: str) -> str:
     """How a user calls a command of this installation: its name if the shell finds it, else the path to it."""
     beside = Path(sys.executable).parent / name

@@ -105,7 +105,7 @@ def test_a_hub_set_is_read_through_datasets(folder, monkeypatch):
     assert len(numbers("hf::org/name:test#3")) == 3
     assert asked == [("org/name", None, "test")]
     (dataset,) = find_datasets(["hf::org/name:test"])
-    assert next(record.source for record in dataset.records(0, 0)) == "hf::org/name:test row 1"
+    assert next(record.source for record in dataset.records(0)) == "hf::org/name:test row 1"
     assert dataset.parts[0].digest()
     hub._load.cache_clear()
 

@@ -88,7 +88,7 @@ def _run(config: CheckConfig) -> Report:
     datasets = find_datasets(config.dataset)
     tokenizer, template = open_template(config)
     with Console(stderr=True).status("reading files"):
-        size = sum(dataset.size(dataset.count()) for dataset in datasets)
+        size = sum(dataset.size for dataset in datasets)
     # Without a terminal, progress is lines on standard output, which belongs to the JSON object.
     shown: AbstractContextManager[Advance] = nullcontext(lambda rows: None)
     if config.format == "text" or sys.stderr.isatty():
@@ -131,7 +131,7 @@ def _head(console: Console, report: Report) -> None:
     rows = "1 row" if report.rows == 1 else f"{report.rows:,} rows"
     console.print(f"{files}: {rows}, {report.usable:,} can be trained on", style="bold", soft_wrap=True)
     console.print(f"formats: {kinds}", soft_wrap=True)
-    if unused := report.unused():
+    if unused := report.counts.unused_names():
         console.print(f"columns not used: {unused}", soft_wrap=True)
     if untrainable := report.untrainable():
         console.print(f"ossia sft does not train {untrainable}", style="yellow", soft_wrap=True)

@@ -30,7 +30,7 @@ from ossia.console import progress, say
 from ossia.data import near, store
 from ossia.data.readers import Record
 from ossia.data.render import Counts, Renderer, refuse
-from ossia.data.sources import Dataset, find_datasets
+from ossia.data.sources import Dataset, find_datasets, read_datasets
 from ossia.data.store import Batch, TokenRows
 from ossia.errors import OssiaError, UsageError
 from ossia.template.base import Template
@@ -119,16 +119,11 @@ class _Job:
 
     def batches(self, counts: Counts) -> Iterator[pa.RecordBatch]:
         """The tokenised rows in order; `counts` is filled."""
-        totals = [dataset.count() for dataset in self.datasets]
-        for dataset, total in zip(self.datasets, totals, strict=True):
-            if not total:
+        for dataset in self.datasets:
+            if not dataset.total:
                 raise UsageError(f"{self.flag} {dataset.word}: no rows in it")
-        size = sum(dataset.size(total) for dataset, total in zip(self.datasets, totals, strict=True))
-        records = (
-            record
-            for dataset, total in zip(self.datasets, totals, strict=True)
-            for record in dataset.records(total, self.options.seed)
-        )
+        size = sum(dataset.size for dataset in self.datasets)
+        records = read_datasets(self.datasets, self.options.seed)
         worker = _Worker(Renderer(self.template, self.options), self.for_split)
         with progress(self.label, size, "rows") as advance:
             for batch, found in _run(worker, _chunks(records), self._processes(size)):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ossia.config import PreviewConfig
+from ossia.console import plain
 from ossia.data.page import write_page
 from ossia.data.render import Counts, Renderer, refuse
-from ossia.data.report import plain
 from ossia.data.sources import Dataset, find_datasets, read_datasets
 from ossia.data.tokens import open_template, pieces
 from ossia.errors import OssiaError

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from ossia.config.parts import DataOptions
+from ossia.console import plain
 from ossia.data.formats import Read, read_row
 from ossia.data.readers import BadRow, Record, decode
 from ossia.data.sources import find_datasets, read_datasets
@@ -131,6 +132,11 @@ class Counts:
             setattr(counts, name, Counter(value) if isinstance(value, dict) else value)
         return counts
 
+    def unused_names(self) -> str:
+        """Columns that mean nothing to their rows' formats, the most frequent first."""
+        names = ", ".join(f"{name} ({count:,})" for name, count in self.unused.most_common(8))
+        return plain(names) + (" …" if len(self.unused) > 8 else "")
+
     def lines(self, label: str, options: DataOptions) -> list[str]:
         """What is said to the user."""
         kinds = ", ".join(f"{count:,} {name}" for name, count in self.formats.items())
@@ -140,9 +146,8 @@ class Counts:
             f"{self.samples:,} samples from {kinds} rows, {self.tokens:,} tokens, "
             f"{self.trained:,} carry loss ({share:.0%}), longest {self.longest:,}"
         ]
-        if self.unused:
-            shown = ", ".join(f"{name} ({count:,})" for name, count in self.unused.most_common(8))
-            lines.append(f"columns not used: {shown}{' …' if len(self.unused) > 8 else ''}")
+        if unused := self.unused_names():
+            lines.append(f"columns not used: {unused}")
         if self.bad:
             lines.append(f"{self.bad:,} bad rows skipped, first: {self.first_bad}")
         if self.split:

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ossia.config.parts import DataOptions
+from ossia.console import plain
 from ossia.data.packing import Fill, fill
 from ossia.data.render import Counts, Outcome, Renderer
 from ossia.data.sources import Dataset, read_datasets
@@ -123,12 +124,6 @@ class Report:
     def formats(self) -> Counter[str]:
         """Rows of each format."""
         return self.counts.formats
-
-    def unused(self) -> str:
-        """Columns that mean nothing to their rows' formats."""
-        found = self.counts.unused
-        names = ", ".join(f"{name} ({count:,})" for name, count in found.most_common(8))
-        return plain(names) + (" …" if len(found) > 8 else "")
 
     def untrainable(self) -> str:
         """The rows that supervised fine-tuning refuses."""
@@ -375,8 +370,3 @@ def _count(counter: Counter[str], key: str) -> None:
     """Count at most `_KINDS` different keys, the rest together."""
     key = plain(key)
     counter[key if key in counter or len(counter) < _KINDS else _OTHER] += 1
-
-
-def plain(text: str, keep: str = "") -> str:
-    """Without control characters, which a terminal would obey, and lone surrogates, which cannot be written."""
-    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else "?" for c in text)

@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ossia.data.hub import HubSet
@@ -59,26 +60,28 @@ class Dataset:
         """Whether every row is taken once."""
         return self.rows is None and self.weight == 1
 
-    def count(self) -> int:
+    @cached_property
+    def total(self) -> int:
         """How many rows its files have; reads them where only that tells."""
         return sum(part.count() for part in self.parts)
 
-    def size(self, total: int) -> int:
-        """How many rows are taken of `total`."""
-        return round((total if self.rows is None else self.rows) * self.weight)
+    @property
+    def size(self) -> int:
+        """How many rows are taken."""
+        return round((self.total if self.rows is None else self.rows) * self.weight)
 
-    def records(self, total: int, seed: int) -> Iterator[Record]:
-        """Its rows in order, `size(total)` of them: whole copies, and a seeded sample for what is left over."""
+    def records(self, seed: int) -> Iterator[Record]:
+        """Its rows in order, `size` of them: whole copies, and a seeded sample for what is left over."""
         records = (record for part in self.parts for record in part.records())
         if self.whole:
             yield from records
             return
         import numpy
 
-        copies, rest = divmod(self.size(total), max(total, 1))
-        drawn = numpy.zeros(total, bool)
+        copies, rest = divmod(self.size, max(self.total, 1))
+        drawn = numpy.zeros(self.total, bool)
         chance = numpy.random.default_rng([seed, zlib.crc32(self.word.encode())])
-        drawn[chance.permutation(total)[:rest]] = True
+        drawn[chance.permutation(self.total)[:rest]] = True
         for record, more in zip(records, drawn, strict=False):
             for _ in range(copies + bool(more)):
                 yield record
@@ -98,7 +101,7 @@ def find_datasets(words: list[str], flag: str = "--dataset") -> list[Dataset]:
 def read_datasets(datasets: list[Dataset], seed: int) -> Iterator[Record]:
     """Their rows, one after another."""
     for dataset in datasets:
-        yield from dataset.records(0 if dataset.whole else dataset.count(), seed)
+        yield from dataset.records(seed)
 
 
 def _dataset(word: str, flag: str) -> Dataset:

@@ -75,9 +75,9 @@ def write(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
 
 
 class TokenRows(Sequence[TokenRow]):
-    """Rows of a store, read where they lie. A slice of all rows where `order` is given."""
+    """Rows of a store, read where they lie."""
 
-    def __init__(self, path: Path, order: NDArray[np.int64] | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         with pa.memory_map(str(path)) as file:
             self._table = pa.ipc.open_file(file).read_all()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -85,7 +85,7 @@ class TokenRows(Sequence[TokenRow]):
         sizes = [np.diff(chunk.offsets.to_numpy()) for chunk in ids]
         self._starts = np.cumsum([0, *map(len, sizes)])
         self.lengths: NDArray[np.int32] = np.concatenate([*sizes, np.zeros(0, np.int32)])
-        self._order = order
+        self._order: NDArray[np.int64] | None = None
 
     @classmethod
     def temporary(cls, batches: Iterable[pa.RecordBatch]) -> TokenRows:
