@@ -47,3 +47,15 @@ def test_views():
     blocks = torch.randint(0, 256, (3, 7, 3, 16), dtype=torch.uint8).transpose(0, 1)
     scales = torch.randint(100, 140, (3, 7, 3), dtype=torch.uint8).transpose(0, 1)
     assert torch.equal(expand(blocks, scales), reference.dequantize(blocks, scales))
+
+
+def test_into_part_of_a_wider_tensor():
+    from ossia.kernels.mxfp4 import triton
+
+    blocks = torch.randint(0, 256, (3, 7, 3, 16), dtype=torch.uint8, device=DEVICE)
+    scales = torch.randint(100, 140, (3, 7, 3), dtype=torch.uint8, device=DEVICE)
+    wide = torch.full((3, 9, 104), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    triton.dequantize(blocks, scales, wide[:, :7, :96])
+    assert torch.equal(wide[:, :7, :96].cpu(), reference.dequantize(blocks.cpu(), scales.cpu()))
+    assert wide[:, 7:].isnan().all()
+    assert wide[:, :, 96:].isnan().all()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ossia.kernels.grouped_linear import grouped_linear
-from ossia.model.experts import Experts
+from ossia.model.experts import Experts, fuses
 from ossia.model.names import PROJECTIONS, Projection
 
 
@@ -56,8 +56,19 @@ class ExpertsLora(nn.Module, LoraLayer):
 
     def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """As `Experts.forward`, with the active adapters."""
-        delta = None if self.disable_adapters else self._delta
-        return self.base_layer(hidden_TH, index_TK, weight_TK, delta)
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.r]
+        if not active:
+            return self.base_layer(hidden_TH, index_TK, weight_TK)
+        if fuses(hidden_TH) and len(active) == 1 and not self._drops(active[0]):
+            from ossia.kernels.expert_mlp.fused import Adapter
+
+            sides = [[getattr(self, f"lora_{side}_{name}")[active[0]] for side in "AB"] for name in PROJECTIONS]
+            pair = (Adapter(*sides[0]), Adapter(*sides[1]))
+            return self.base_layer(hidden_TH, index_TK, weight_TK, adapters=pair, scale=self.scaling[active[0]])
+        return self.base_layer(hidden_TH, index_TK, weight_TK, self._delta)
+
+    def _drops(self, adapter: str) -> bool:
+        return self.training and self.lora_dropout[adapter].p > 0
 
     def _delta(self, projection: Projection, rows: Tensor, offsets_E: Tensor) -> Tensor:
         total: Tensor | None = None

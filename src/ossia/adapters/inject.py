@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ossia.adapters.experts import ExpertsLora
+from ossia.adapters.linear import LinearLora
 from ossia.adapters.targets import Targets, find_targets
 from ossia.model.experts import Experts
 
@@ -48,7 +49,7 @@ def inject(model: PreTrainedModel, config: LoraConfig, targets: Targets) -> Peft
     """Wrap `model` with fresh adapters at `targets`; the other settings come from `config`."""
     config.target_modules = targets.linear + targets.modules
     config.target_parameters = None
-    config._register_custom_module({Experts: ExpertsLora})
+    config._register_custom_module({Experts: ExpertsLora, nn.Linear: LinearLora})
     with warnings.catch_warnings():
         # PEFT reports modules it has no sizes for (ours), and a base folder that has moved.
         warnings.filterwarnings("ignore", "Unsupported layer type|The PEFT config's `base_model")

@@ -1,4 +1,4 @@
-"""Registers our attention with transformers, under the name `ossia_sinks`."""
+"""Our attention: registered with transformers under the name `ossia_sinks`, and the module around it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssAttention,
+    GptOssRotaryEmbedding,
+    eager_attention_forward,
+)
 
 from ossia.kernels import attention
+from ossia.kernels.rope import rope
 
 # transformers takes any name with "flash" in it for a kernel of its own.
 NAME = "ossia_sinks"
@@ -38,6 +43,48 @@ def flash_attention_forward(
     q, k, v = (x.transpose(1, 2).to(torch.bfloat16) for x in (query, key, value))
     sinks: Tensor = module.sinks  # type: ignore[assignment]
     return attention.flash(q, k, v, sinks, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+
+
+class Attention(GptOssAttention):
+    """transformers' module with the rotary embedding in float32, one kernel each for queries and keys."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, S, H] → [B, S, H] and, where the implementation gives them, the shares."""
+        shape_BSND = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = rope(self.q_proj(hidden_states).view(shape_BSND), *position_embeddings).transpose(1, 2)
+        key = rope(self.k_proj(hidden_states).view(shape_BSND), *position_embeddings).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape_BSND).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out_BSND, shares = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            s_aux=self.sinks,
+            **kwargs,
+        )
+        return self.o_proj(out_BSND.reshape(*hidden_states.shape[:-1], -1)), shares
+
+
+class RotaryEmbedding(GptOssRotaryEmbedding):
+    """transformers' cosines and sines, left in float32."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[B or 1, S, D/2] float32 each."""
+        return super().forward(x.new_empty(0, dtype=torch.float32), position_ids)
 
 
 def supports_flash(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,18 +1,26 @@
 """gpt-oss's experts with their weights left in MXFP4, or in floating point where the checkpoint has them so.
 
-T tokens, K experts per token, S = T·K rows sorted by expert, E experts, H hidden, I intermediate.
+T tokens, K experts per token, E experts, H hidden, I intermediate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ossia.kernels.grouped_linear import grouped_linear, grouped_linear_mxfp4
+from ossia.kernels import expert_mlp
+from ossia.kernels.expert_mlp import Frozen, Memory
 from ossia.kernels.mxfp4 import dequantize
-from ossia.model.names import Projection
+from ossia.model.names import PROJECTIONS, Projection
+
+if TYPE_CHECKING:
+    from ossia.kernels.expert_mlp.fused import Adapter
 
 Delta = Callable[[Projection, Tensor, Tensor], Tensor]
 """`(projection, rows, offsets) -> rows` to add to a projection's output."""
@@ -21,10 +29,13 @@ Delta = Callable[[Projection, Tensor, Tensor], Tensor]
 class Experts(nn.Module):
     """Frozen experts of one layer, with the names that gpt-oss checkpoints use.
 
-    MXFP4: buffers `<projection>_blocks` uint8 [E, out, in/32, 16] and `<projection>_scales` uint8 [E, out, in/32].
-    Floating point: parameter `<projection>` [E, in, out], as transformers holds it. Biases
-    `<projection>_bias` [E, out]. gate and up alternate in `gate_up_proj`'s outputs (even: gate, odd: up).
+    MXFP4: buffers `<projection>_blocks` uint8 [E, out, in/32, 16] and `<projection>_scales` uint8 [E, out, in/32],
+    which may rest in pinned host memory. Floating point: parameter `<projection>` [E, in, out], as transformers holds
+    it. Biases `<projection>_bias` [E, out]. gate and up alternate in `gate_up_proj`'s outputs (even: gate, odd: up).
     """
+
+    memory: Memory | None = None
+    """What the fused path holds between forward and backward; None: its defaults."""
 
     def __init__(self, config, quantized: bool) -> None:
         super().__init__()
@@ -49,44 +60,44 @@ class Experts(nn.Module):
                 weight = nn.Parameter(torch.empty(self.num_experts, inputs, outputs), requires_grad=False)
                 self.register_parameter(name, weight)
 
-    def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, delta: Delta | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_TH: Tensor,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        delta: Delta | None = None,
+        adapters: tuple[Adapter, Adapter] | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
         """Sum of each token's experts, weighted: [T, H] in hidden's dtype.
 
         Args:
             hidden_TH: tokens.
             index_TK: int64 experts of each token.
-            weight_TK: their weights.
-            delta: what an adapter adds to each projection.
+            weight_TK: their weights, float32.
+            delta: what adapters add to each projection, on the general path.
+            adapters: one adapter of both projections, on the fused path, where `fuses` says so.
+            scale: of `adapters`.
         """
-        expert_S, order_S = index_TK.flatten().sort(stable=True)
-        # histc, unlike bincount, does not make the host wait for the GPU; on a CPU it takes floats only.
-        counted = expert_S.int() if expert_S.is_cuda else expert_S.float()
-        offsets_E = counted.histc(self.num_experts, 0, self.num_experts - 1).cumsum(0).to(torch.int32)
-        rows_SH = hidden_TH[order_S // index_TK.shape[1]]
-        gated_SI = self._gate(self._project("gate_up_proj", rows_SH, expert_S, offsets_E, delta))
-        out_SH = self._project("down_proj", gated_SI, expert_S, offsets_E, delta)
-        position_S = torch.empty_like(order_S)
-        position_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-        out_TKH = out_SH[position_S].view(*index_TK.shape, -1)
-        return (out_TKH.float() * weight_TK[..., None].float()).sum(1).to(hidden_TH.dtype)
+        frozen = [self._frozen(name) for name in PROJECTIONS]
+        if delta is None and fuses(hidden_TH):
+            from ossia.kernels.expert_mlp.fused import expert_mlp as fused
 
-    def _project(
-        self, name: Projection, rows: Tensor, expert_S: Tensor, offsets_E: Tensor, delta: Delta | None
-    ) -> Tensor:
+            pair = adapters or (None, None)
+            return fused(hidden_TH, index_TK, weight_TK, *frozen, self.alpha, self.limit, *pair, scale, self.memory)
+        deltas = [delta and functools.partial(delta, name) for name in PROJECTIONS]
+        return expert_mlp.reference(hidden_TH, index_TK, weight_TK, *frozen, self.alpha, self.limit, *deltas)
+
+    def _frozen(self, name: Projection) -> Frozen:
+        bias_EO = self.get_parameter(f"{name}_bias")
         if self.quantized:
-            out = grouped_linear_mxfp4(
-                rows, self.get_buffer(f"{name}_blocks"), self.get_buffer(f"{name}_scales"), offsets_E
-            )
-        else:
-            out = grouped_linear(rows, self.get_parameter(name).to(rows.dtype), offsets_E)
-        if delta is not None:
-            out = out + delta(name, rows, offsets_E)
-        return out + self.get_parameter(f"{name}_bias").to(out.dtype)[expert_S]
+            return Frozen(bias_EO, self.get_buffer(f"{name}_blocks"), self.get_buffer(f"{name}_scales"))
+        return Frozen(bias_EO, dense_EIO=self.get_parameter(name))
 
-    def _gate(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up[..., 0::2].float(), gate_up[..., 1::2].float()
-        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        return ((up + 1) * gate * torch.sigmoid(self.alpha * gate)).to(gate_up.dtype)
+    def _apply(self, fn: Any, recurse: bool = True) -> Experts:
+        """What rests in pinned memory stays there when the model moves."""
+        with kept_on_host(self._buffers):
+            return super()._apply(fn, recurse)
 
     def dense(self, name: Projection, dtype: torch.dtype) -> Tensor:
         """A projection's weight in floating point, [E, in, out]."""
@@ -95,3 +106,22 @@ class Experts(nn.Module):
                 1, 2
             )
         return self.get_parameter(name).to(dtype)
+
+
+@contextlib.contextmanager
+def kept_on_host(tensors: dict[str, Any]) -> Iterator[None]:
+    """Inside, a module's tensors in pinned memory are out of reach of what moves it."""
+    held = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.is_pinned()}
+    tensors.update(dict.fromkeys(held))
+    yield
+    tensors.update(held)
+
+
+def fuses(hidden: Tensor) -> bool:
+    """Whether the fused path serves these rows: bfloat16 on an NVIDIA GPU from Ampere on, with Triton."""
+    return hidden.is_cuda and hidden.dtype == torch.bfloat16 and _gpu_fuses(hidden.device)
+
+
+@functools.cache
+def _gpu_fuses(device: torch.device) -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.masking_utils import create_sliding_window_causal_mask as create_window_mask
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssRMSNorm
 from transformers.utils import ModelOutput
 
+from ossia.kernels.host_rows import host_rows
 from ossia.kernels.linear_cross_entropy import linear_cross_entropy
+from ossia.kernels.rms_norm import add_rms_norm, rms_norm
+from ossia.kernels.route import route
 from ossia.model import attention
-from ossia.model.experts import Experts
+from ossia.model.experts import Experts, kept_on_host
 
 _MASKS = ("full_attention", "sliding_attention")
 
@@ -40,10 +43,7 @@ class Router(nn.Module):
 
     def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Experts' numbers and weights, [T, K] each."""
-        with torch.autocast(hidden_TH.device.type, enabled=False):
-            logits_TE = F.linear(hidden_TH.float(), self.weight.float(), self.bias.float())
-        top_TK, index_TK = logits_TE.topk(self.top_k, dim=-1)
-        return index_TK, top_TK.softmax(-1)
+        return route(hidden_TH, self.weight, self.bias, self.top_k)
 
 
 class MoE(nn.Module):
@@ -61,6 +61,45 @@ class MoE(nn.Module):
         return self.experts(flat_TH, index_TK, weight_TK).view_as(hidden), weight_TK
 
 
+class RmsNorm(GptOssRMSNorm):
+    """transformers' norm as one kernel; float32 inside."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., H] → [..., H]."""
+        return rms_norm(hidden, self.weight, self.variance_epsilon)
+
+
+class Embedding(nn.Embedding):
+    """An embedding whose table may rest in pinned host memory, whatever moves the model."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] → [..., H] on the ids' device."""
+        return super().forward(ids) if self.weight.device == ids.device else host_rows(self.weight.detach(), ids)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Embedding:
+        with kept_on_host(self._parameters):
+            return super()._apply(fn, recurse)
+
+
+class DecoderLayer(GptOssDecoderLayer):
+    """transformers' layer on our parts."""
+
+    def __init__(self, config: GptOssConfig, layer_idx: int, quantized: bool) -> None:
+        super().__init__(config, layer_idx)
+        self.self_attn = attention.Attention(config, layer_idx)
+        self.mlp = MoE(config, quantized)
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """[B, S, H] → [B, S, H]."""
+        normal = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(hidden_states=normal, attention_mask=attention_mask, **kwargs)
+        norm = self.post_attention_layernorm
+        total, normal = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
+        return total + self.mlp(normal)[0]
+
+
 class OssiaGptOssForCausalLM(GptOssForCausalLM):
     """gpt-oss as transformers knows it (generation, caches, checkpoint names) on our experts.
 
@@ -69,8 +108,11 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
 
     def __init__(self, config: GptOssConfig, quantized: bool = False) -> None:
         super().__init__(config)
-        for layer in self.model.layers:
-            layer.mlp = MoE(config, quantized)
+        model = self.model
+        model.layers = nn.ModuleList(DecoderLayer(config, i, quantized) for i in range(config.num_hidden_layers))
+        model.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        model.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        model.rotary_emb = attention.RotaryEmbedding(config)
 
     def forward(
         self,

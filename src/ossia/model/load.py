@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from ossia.console import progress, say
-from ossia.errors import OssiaError, UsageError
+from ossia.errors import OssiaError, UsageError, nearest
 from ossia.kernels.mxfp4 import dequantize
 from ossia.model import attention
 from ossia.model.folder import read_json, resolve_model, weight_files
 from ossia.model.gpt_oss import OssiaGptOssForCausalLM
+from ossia.model.stream import Stored, find_tensors, page_locked, read_tensors
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -30,6 +31,7 @@ def load_model(
     device: str = "auto",
     experts: str = "auto",
     attn_impl: str = "auto",
+    offload: Collection[str] = (),
 ) -> PreTrainedModel:
     """A causal language model, frozen, in evaluation mode.
 
@@ -41,6 +43,7 @@ def load_model(
         device: `auto`, `cuda` or `cpu`.
         experts: `auto`, `mxfp4` or `dequantized` (gpt-oss with MXFP4 on disk).
         attn_impl: `auto`, `flash`, `eager` or `flex_attention`; for gpt-oss.
+        offload: names of parameters that stay in page-locked host memory when the device is a GPU.
 
     Raises:
         OssiaError: missing, extra or misshapen tensors, each named.
@@ -49,9 +52,9 @@ def load_model(
     where = pick_device(device)
     dtype = pick_dtype(torch_dtype, where)
     if read_json(folder / "config.json").get("model_type") == "gpt_oss":
-        model: PreTrainedModel = _load_gpt_oss(folder, dtype, where, experts, attn_impl)
+        model: PreTrainedModel = _load_gpt_oss(folder, dtype, where, experts, attn_impl, offload)
     else:
-        model = _load_other(folder, dtype, where)
+        model = _load_other(folder, dtype, where, offload)
     model.requires_grad_(False)
     return model.eval()
 
@@ -74,18 +77,23 @@ def pick_dtype(torch_dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[torch_dtype]
 
 
-def _load_other(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _load_other(folder: Path, dtype: torch.dtype, device: torch.device, offload: Collection[str]) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (ValueError, OSError, SafetensorError) as error:
         raise OssiaError(f"{folder}: does not load ({' '.join(str(error).split())[:300]})") from error
     model, info = loaded
     _check_names(folder, set(info["missing_keys"]), set(info["unexpected_keys"]))
-    return model.to(device)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    _check_offload(offload, parameters)
+    model = model.to(device)
+    for name in offload:
+        parameters[name].data = _on_host(parameters[name].data)
+    return model
 
 
 def _load_gpt_oss(
-    folder: Path, dtype: torch.dtype, device: torch.device, experts: str, attn_impl: str
+    folder: Path, dtype: torch.dtype, device: torch.device, experts: str, attn_impl: str, offload: Collection[str]
 ) -> OssiaGptOssForCausalLM:
     files = weight_files(folder)
     on_disk_mxfp4 = any(name.endswith("_proj_blocks") for name in files)
@@ -99,8 +107,8 @@ def _load_gpt_oss(
     quantized = on_disk_mxfp4 and _keep_mxfp4(config, dtype, device, experts)
     with torch.device("meta"):
         model = OssiaGptOssForCausalLM(config, quantized=quantized)
-    _fill(model, folder, files, dtype, device)
-    model.model.rotary_emb = GptOssRotaryEmbedding(config).to(device)
+    _fill(model, folder, files, dtype, device, offload)
+    model.model.rotary_emb = attention.RotaryEmbedding(config).to(device)
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
@@ -126,69 +134,102 @@ def _keep_mxfp4(config: Any, dtype: torch.dtype, device: torch.device, experts: 
     return need > free // 2
 
 
-def _fill(model: nn.Module, folder: Path, files: dict[str, Path], dtype: torch.dtype, device: torch.device) -> None:
+def _fill(
+    model: nn.Module,
+    folder: Path,
+    files: dict[str, Path],
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: Collection[str],
+) -> None:
     wanted = {
-        **dict(model.named_parameters()),
+        **dict(model.named_parameters(remove_duplicate=False)),
         **{k: v for k, v in model.named_buffers() if not k.startswith("model.rotary")},
     }
+    _check_offload(offload, wanted)
+    if device.type == "cpu":
+        offload = ()
+    tied = model.config.tie_word_embeddings and "lm_head.weight" not in files  # type: ignore[union-attr]
+    if tied:
+        del wanted["lm_head.weight"]
     by_file: dict[Path, list[str]] = defaultdict(list)
     for name, file in files.items():
         by_file[file].append(name)
-    filled: set[str] = set()
-    extra: set[str] = set()
+    stored = find_tensors(by_file)
+    _check_stored(folder, stored, wanted)
+    host = [name for name in offload if name in stored and stored[name].dtype == _dtype(name, dtype)]
     halves: dict[str, Tensor] = {}
-    size = sum(file.stat().st_size for file in by_file) / 1e9
+    size = sum(entry.nbytes for entry in stored.values()) / 1e9
     with progress(f"loading {folder.name}", round(size, 2), "GB") as advance:
-        for file, names in by_file.items():
-            try:
-                with safe_open(file, framework="pt", device=str(device)) as opened:
-                    for name in names:
-                        for key, tensor in _placed(name, opened.get_tensor(name), wanted, halves, dtype, folder):
-                            if key not in wanted:
-                                extra.add(key)
-                                continue
-                            _put(model, key, tensor, wanted[key], folder)
-                            filled.add(key)
-            except SafetensorError as error:
-                raise OssiaError(f"{file}: damaged or cut short ({error}); copy it again") from error
-            advance(round(file.stat().st_size / 1e9, 2))
-    missing = set(wanted) - filled
-    if missing == {"lm_head.weight"} and model.config.tie_word_embeddings:  # type: ignore[union-attr]
+        for name, tensor in read_tensors(by_file, device, host):
+            for key, value in _placed(name, tensor, wanted, halves, dtype):
+                _put(model, key, _on_host(value) if key in offload else value)
+            advance(stored[name].nbytes / 1e9)
+    if tied:
         model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[union-attr]
-        missing = set()
-    _check_names(folder, missing, extra)
+
+
+def _check_offload(offload: Collection[str], known: Collection[str]) -> None:
+    for name in offload:
+        if name not in known:
+            raise OssiaError(f"offload: the model has no {name}{nearest(name, known)}")
+
+
+def _check_stored(folder: Path, stored: dict[str, Stored], wanted: dict[str, Tensor]) -> None:
+    """Hold what the files' headers say against the model: dtypes, shapes, then names."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for key, value in wanted.items():
+        if value.ndim == 3 and (f"{key}_blocks" in stored or f"{key}_scales" in stored):
+            experts, inputs, outputs = value.shape
+            expected[f"{key}_blocks"] = (experts, outputs, inputs // 32, 16)
+            expected[f"{key}_scales"] = (experts, outputs, inputs // 32)
+        else:
+            expected[key] = tuple(value.shape)
+    for name, entry in stored.items():
+        if name.endswith(("_blocks", "_scales")):
+            if entry.dtype != torch.uint8:
+                raise OssiaError(
+                    f"{folder}: {name} holds {entry.dtype}, not MXFP4; transformers wrote it so after dequantizing and "
+                    "its experts cannot be read back. Save the model again with save_original_format=False."
+                )
+        elif name in expected and not entry.dtype.is_floating_point:
+            raise OssiaError(f"{folder}: {name} holds {entry.dtype}, gpt-oss has floating point there")
+        if name in expected and entry.shape != expected[name]:
+            raise OssiaError(f"{folder}: {name} is {entry.shape}, config.json says {expected[name]}")
+    _check_names(folder, expected.keys() - stored.keys(), stored.keys() - expected.keys())
 
 
 def _placed(
-    name: str, tensor: Tensor, wanted: dict[str, Any], halves: dict[str, Tensor], dtype: torch.dtype, folder: Path
+    name: str, tensor: Tensor, wanted: dict[str, Any], halves: dict[str, Tensor], dtype: torch.dtype
 ) -> list[tuple[str, Tensor]]:
     """What a tensor on disk becomes in the model: itself, or with its other half a dequantized weight."""
     stem, _, half = name.rpartition("_")
     if half in ("blocks", "scales"):
-        if tensor.dtype != torch.uint8:
-            raise OssiaError(
-                f"{folder}: {name} holds {tensor.dtype}, not MXFP4; transformers wrote it so after dequantizing and "
-                "its experts cannot be read back. Save the model again with save_original_format=False."
-            )
-        if name in wanted or stem not in wanted:
+        if name in wanted:
             return [(name, tensor)]
         halves[name] = tensor
         if f"{stem}_blocks" not in halves or f"{stem}_scales" not in halves:
             return []
         dense = dequantize(halves.pop(f"{stem}_blocks"), halves.pop(f"{stem}_scales"), dtype)
         return [(stem, dense.transpose(1, 2))]
-    return [(name, tensor if ".router." in name else tensor.to(dtype))]
+    return [(name, tensor.to(_dtype(name, dtype)))]
 
 
-def _put(model: nn.Module, name: str, tensor: Tensor, wanted: Tensor, folder: Path) -> None:
-    if tensor.shape != wanted.shape:
-        raise OssiaError(f"{folder}: {name} is {tuple(tensor.shape)}, config.json says {tuple(wanted.shape)}")
+def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if ".router." in name else dtype
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor
+    return page_locked(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    if isinstance(wanted, nn.Parameter):
-        setattr(module, leaf, nn.Parameter(tensor.float() if ".router." in name else tensor, requires_grad=False))
-    else:
-        setattr(module, leaf, tensor)
+    held = nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor
+    setattr(module, leaf, held)
 
 
 def _check_names(folder: Path, missing: set[str], extra: set[str]) -> None:

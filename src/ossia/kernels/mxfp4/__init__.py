@@ -35,8 +35,9 @@ def dequantize(
     blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None
 ) -> Tensor:
     """Expand MXFP4 to `dtype`, by the fastest implementation for the device; see `reference.dequantize`."""
-    if blocks.is_cuda and dtype == torch.bfloat16 and out is None and _HAS_TRITON:
+    regular = out is None or out.is_contiguous() or (out.ndim == 3 and out.stride(2) == 1)
+    if blocks.is_cuda and dtype == torch.bfloat16 and regular and _HAS_TRITON:
         from ossia.kernels.mxfp4 import triton
 
-        return triton.dequantize(blocks, scales)
+        return triton.dequantize(blocks, scales, out)
     return reference.dequantize(blocks, scales, dtype, out)

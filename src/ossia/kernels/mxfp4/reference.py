@@ -56,8 +56,8 @@ def dequantize(
     """Expand MXFP4 to `dtype`.
 
     blocks uint8 [..., rows, cols/32, 16], scales uint8 [..., rows, cols/32] -> [..., rows, cols].
-    `out`, where given, is contiguous, of that shape and of `dtype`; it is filled and returned. Temporary memory
-    stays below 32 MB whatever the size. Raises ValueError for shapes, dtypes or an `out` that do not fit.
+    `out`, where given, is of that shape and of `dtype`; it is filled and returned. Temporary memory stays below 32 MB
+    whatever the size, where `out` is contiguous. Raises ValueError for shapes, dtypes or an `out` that do not fit.
     """
     if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
         raise ValueError(f"blocks and scales must be uint8, got {blocks.dtype} and {scales.dtype}")
@@ -71,11 +71,12 @@ def dequantize(
     shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=blocks.device)
-    elif out.shape != shape or out.dtype != dtype or out.device != blocks.device or not out.is_contiguous():
+    elif out.shape != shape or out.dtype != dtype or out.device != blocks.device:
         raise ValueError(
-            f"out must be contiguous, {list(shape)}, {dtype} on {blocks.device}; "
-            f"got {list(out.shape)}, {out.dtype} on {out.device}, contiguous={out.is_contiguous()}"
+            f"out must be {list(shape)}, {dtype} on {blocks.device}; got {list(out.shape)}, {out.dtype} on {out.device}"
         )
+    elif not out.is_contiguous():
+        return out.copy_(dequantize(blocks, scales, dtype))
 
     work = dtype if dtype in _PAIR_INTEGER else torch.float32
     pairs, powers = _pairs(work, blocks.device), _powers(work, blocks.device)

@@ -1,0 +1,57 @@
+"""The frozen weight of a projection, for all experts of a layer. E experts, I inputs, O outputs, r rank, R tail."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ossia.kernels.mxfp4 import dequantize
+
+
+def padded(rank: int) -> int:
+    """Columns of a tail: with 16 a row's stride stays a multiple of 16 values, where Triton moves 16 bytes at a time
+    (measured on an H100: 2.9 instead of 1.6 TB/s)."""
+    return -(-rank // 16) * 16
+
+
+class Frozen(NamedTuple):
+    """Either MXFP4 `blocks` uint8 [E, O, I/32, 16] and `scales` uint8 [E, O, I/32], or floating `dense_EIO`."""
+
+    bias_EO: Tensor
+    blocks: Tensor | None = None
+    scales: Tensor | None = None
+    dense_EIO: Tensor | None = None
+
+    def experts(self, start: int, end: int) -> Frozen:
+        """Some of the experts, as views."""
+        return Frozen(*(None if tensor is None else tensor[start:end] for tensor in self))  # type: ignore[arg-type]
+
+    @property
+    def inputs(self) -> int:
+        """I."""
+        return self.scales.shape[2] * 32 if self.scales is not None else self.dense_EIO.shape[1]  # type: ignore[union-attr]
+
+    def expand(self, dtype: torch.dtype, a_EIr: Tensor | None, b_ErO: Tensor | None) -> Tensor:
+        """[E, O + R, I + R], R being r rounded up to 16: the weight, transposed, with B in the last columns and A in
+        the last rows, transposed too.
+
+        Rows of x with the tail `scale · x A` times its transpose are `x W + scale · (x A) B`. Rows of a gradient g with
+        the tail `scale · g Bᵀ` times it are g through W and the adapter.
+        """
+        experts, outputs = self.bias_EO.shape
+        inputs, tail = self.inputs, 0 if a_EIr is None else padded(a_EIr.shape[2])
+        out = torch.empty(experts, outputs + tail, inputs + tail, dtype=dtype, device=self.bias_EO.device)
+        weight = out[:, :outputs, :inputs]
+        if self.blocks is not None and self.scales is not None:
+            dequantize(self.blocks, self.scales, dtype, weight)
+        else:
+            weight.copy_(self.dense_EIO.transpose(1, 2))  # type: ignore[union-attr]
+        if a_EIr is not None and b_ErO is not None:
+            rank = a_EIr.shape[2]
+            out[:, :, inputs:].zero_()
+            out[:, :outputs, inputs : inputs + rank] = b_ErO.transpose(1, 2)
+            out[:, outputs : outputs + rank, :inputs] = a_EIr.transpose(1, 2)
+            out[:, outputs + rank :, :inputs].zero_()
+        return out

@@ -1,0 +1,390 @@
+"""The memory-bound parts of the experts' MLP, each one pass over its rows, with the adapters' thin products inside.
+
+T tokens, K experts a token, S = T·K rows sorted by expert, E experts, I inputs, O outputs, M intermediate, r rank,
+R rank rounded up to 16. A "tail" is the R columns behind a row's own, in the same tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ossia.kernels.expert_mlp.frozen import padded
+
+# Rows and columns of a tile, and how many warps share it: the fastest of some twenty tried on an H100.
+_GATHER = {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 3}
+_SWIGLU = {"ROWS": 64, "COLS": 64, "num_warps": 8, "num_stages": 2}
+_SWIGLU_BACKWARD = {"ROWS": 64, "COLS": 64, "num_warps": 8, "num_stages": 2}
+_OUTER = {"ROWS": 64, "COLS": 128, "num_warps": 4, "num_stages": 4}
+
+
+def _dot_width(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _grid(rows: int, experts: int, tile: dict[str, int]) -> tuple[int]:
+    """At most so many blocks of rows, none of which holds two experts."""
+    return (triton.cdiv(rows, tile["ROWS"]) + experts,)
+
+
+@triton.jit
+def _block_of(offsets, number, E: tl.constexpr, E2: tl.constexpr, ROWS: tl.constexpr):
+    """The expert of a block of rows, its first row and its expert's end; an expert of E or more means no such block."""
+    e = tl.arange(0, E2)
+    end = tl.load(offsets + e, mask=e < E, other=0)
+    start = tl.load(offsets + e - 1, mask=(e > 0) & (e < E), other=0)
+    blocks = tl.where(e < E, (end - start + ROWS - 1) // ROWS, 0)
+    last = tl.cumsum(blocks, 0)
+    expert = tl.sum((last <= number).to(tl.int32), 0)
+    mine = e == expert
+    first = tl.sum(tl.where(mine, start + (number - last + blocks) * ROWS, 0), 0)
+    return expert, first, tl.sum(tl.where(mine, end, 0), 0)
+
+
+@triton.jit
+def _store_tail(acc, scale, rows, inside, out, out_stride, columns, thin, RANK: tl.constexpr, R: tl.constexpr,
+                R2: tl.constexpr):  # fmt: skip
+    """Columns from RANK to R are zeros, since the accumulator's are."""
+    r = tl.arange(0, R2)
+    value = (acc * scale).to(thin.dtype.element_ty)
+    keep = inside[:, None] & (r < R)[None, :]
+    tl.store(out + rows[:, None] * out_stride + columns + r[None, :], value, mask=keep)
+    tl.store(thin + rows[:, None] * R + r[None, :], value, mask=keep)
+
+
+@triton.jit
+def _gather_kernel(
+    x, order, offsets, matrix, matrix_e, matrix_i, matrix_r, vector, out, thin, dots, scale, out_stride,
+    I: tl.constexpr, K: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
+    R2: tl.constexpr, DOTS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    expert, first, end = _block_of(offsets, tl.program_id(0), E, E2, ROWS)
+    if expert >= E:
+        return
+    rows = (first + tl.arange(0, ROWS)).to(tl.int64)
+    inside = rows < end
+    source = tl.load(order + rows, mask=inside, other=0) // K
+    r = tl.arange(0, R2)
+    acc = tl.zeros((ROWS, R2), tl.float32)
+    dot = tl.zeros((ROWS,), tl.float32)
+    for at in range(0, I, COLS):
+        i = at + tl.arange(0, COLS)
+        mask = inside[:, None] & (i < I)[None, :]
+        value = tl.load(x + source[:, None] * I + i[None, :], mask=mask, other=0.0)
+        tl.store(out + rows[:, None] * out_stride + i[None, :], value, mask=mask)
+        if RANK > 0:
+            part = matrix + expert.to(tl.int64) * matrix_e + i[:, None] * matrix_i + r[None, :] * matrix_r
+            factor = tl.load(part, mask=(i < I)[:, None] & (r < RANK)[None, :], other=0.0)
+            acc = tl.dot(value, factor.to(value.dtype), acc, input_precision="ieee")
+        if DOTS:
+            bias = tl.load(vector + expert * I + i, mask=i < I, other=0.0).to(tl.float32)
+            dot += tl.sum(value.to(tl.float32) * bias[None, :], 1)
+    if RANK > 0:
+        _store_tail(acc, scale, rows, inside, out, out_stride, I, thin, RANK, R, R2)
+    if DOTS:
+        tl.store(dots + rows, dot, mask=inside)
+
+
+def gather(
+    x_TI: Tensor,
+    order_S: Tensor,
+    offsets_E: Tensor,
+    top_k: int,
+    matrix_EIr: Tensor | None = None,
+    scale: float = 1.0,
+    vector_EI: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows by expert, each with its adapter's thin product.
+
+    Args:
+        x_TI: contiguous, bfloat16 or float32.
+        order_S: int64; row s is token `order[s] // top_k`.
+        offsets_E: int32 end of each expert's rows.
+        matrix_EIr: any strides; float32 or x's dtype.
+        vector_EI: contiguous.
+
+    Returns:
+        [S, I + R] rows with the tail `scale * row @ matrix[e]`; the tail alone, [S, R]; float32 [S] `row @ vector[e]`.
+        Without a matrix R is 0; without a vector the last is empty.
+    """
+    count, inputs, experts = len(order_S), x_TI.shape[1], len(offsets_E)
+    rank = 0 if matrix_EIr is None else matrix_EIr.shape[2]
+    tail = padded(rank)
+    out = x_TI.new_empty(count, inputs + tail)
+    thin = x_TI.new_empty(count, tail)
+    dots = x_TI.new_empty(0 if vector_EI is None else count, dtype=torch.float32)
+    _gather_kernel[_grid(count, experts, _GATHER)](
+        x_TI, order_S, offsets_E, x_TI if matrix_EIr is None else matrix_EIr,
+        *((0, 0, 0) if matrix_EIr is None else matrix_EIr.stride()), x_TI if vector_EI is None else vector_EI,
+        out, thin, dots, scale, out.stride(0),
+        I=inputs, K=top_k, E=experts, E2=triton.next_power_of_2(experts), RANK=rank, R=tail, R2=_dot_width(rank),
+        DOTS=vector_EI is not None, **_GATHER,
+    )  # fmt: skip
+    return out, thin, dots
+
+
+@triton.jit
+def _gate_and_up(gate_up, bias, rows, m, inside, stride, expert, M: tl.constexpr, COLS: tl.constexpr,
+                 ROWS: tl.constexpr):  # fmt: skip
+    """A block's gate and up values with their biases, float32 [ROWS, COLS] each; column pairs lie side by side."""
+    pair = 2 * m + tl.arange(0, 2 * COLS)
+    mask = inside[:, None] & (pair < 2 * M)[None, :]
+    value = tl.load(gate_up + rows[:, None] * stride + pair[None, :], mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(bias + expert * 2 * M + pair, mask=pair < 2 * M, other=0.0).to(tl.float32)[None, :]
+    return tl.split(tl.reshape(value, (ROWS, COLS, 2)))
+
+
+@triton.jit
+def _swiglu_kernel(
+    gate_up, bias, offsets, matrix, out, thin, scale, alpha, limit, in_stride, out_stride,
+    M: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, R2: tl.constexpr,
+    COLS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    expert, first, end = _block_of(offsets, tl.program_id(0), E, E2, ROWS)
+    if expert >= E:
+        return
+    rows = (first + tl.arange(0, ROWS)).to(tl.int64)
+    inside = rows < end
+    r = tl.arange(0, R2)
+    acc = tl.zeros((ROWS, R2), tl.float32)
+    for at in range(0, M, COLS):
+        m = at + tl.arange(0, COLS)
+        gate, up = _gate_and_up(gate_up, bias, rows, at, inside, in_stride, expert, M, COLS, ROWS)
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+        act = ((up + 1) * gate * tl.sigmoid(alpha * gate)).to(out.dtype.element_ty)
+        mask = inside[:, None] & (m < M)[None, :]
+        tl.store(out + rows[:, None] * out_stride + m[None, :], act, mask=mask)
+        if RANK > 0:
+            part = matrix + expert.to(tl.int64) * M * RANK + m[:, None] * RANK + r[None, :]
+            factor = tl.load(part, mask=(m < M)[:, None] & (r < RANK)[None, :], other=0.0)
+            acc = tl.dot(act, factor.to(act.dtype), acc, input_precision="ieee")
+    if RANK > 0:
+        _store_tail(acc, scale, rows, inside, out, out_stride, M, thin, RANK, R, R2)
+
+
+def swiglu(
+    gate_up_SX: Tensor,
+    bias_E2M: Tensor,
+    offsets_E: Tensor,
+    alpha: float,
+    limit: float,
+    matrix_EMr: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Clamped SwiGLU, [S, M + R]: `(up + 1) * gate * sigmoid(alpha * gate)` and the tail `scale * act @ matrix[e]`.
+
+    Args:
+        gate_up_SX: the first 2M columns are gate and up by turns, without bias.
+        bias_E2M: contiguous.
+        matrix_EMr: contiguous.
+    """
+    count, inner, experts = len(gate_up_SX), bias_E2M.shape[1] // 2, len(offsets_E)
+    rank = 0 if matrix_EMr is None else matrix_EMr.shape[2]
+    tail = padded(rank)
+    out = gate_up_SX.new_empty(count, inner + tail)
+    thin = gate_up_SX.new_empty(count, tail)
+    _swiglu_kernel[_grid(count, experts, _SWIGLU)](
+        gate_up_SX, bias_E2M, offsets_E, gate_up_SX if matrix_EMr is None else matrix_EMr, out, thin, scale, alpha,
+        limit, gate_up_SX.stride(0), out.stride(0),
+        M=inner, E=experts, E2=triton.next_power_of_2(experts), RANK=rank, R=tail, R2=_dot_width(rank), **_SWIGLU,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    gate_up, bias, offsets, shared, weight, matrix_a, matrix_b, thin_a, thin_b, dots, scale, alpha, limit, stride,
+    M: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, R2: tl.constexpr,
+    COLS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    expert, first, end = _block_of(offsets, tl.program_id(0), E, E2, ROWS)
+    if expert >= E:
+        return
+    rows = (first + tl.arange(0, ROWS)).to(tl.int64)
+    inside = rows < end
+    weight_S = tl.load(weight + rows, mask=inside, other=0.0)[:, None]
+    r = tl.arange(0, R2)
+    acc_a = tl.zeros((ROWS, R2), tl.float32)
+    acc_b = tl.zeros((ROWS, R2), tl.float32)
+    dot = tl.zeros((ROWS,), tl.float32)
+    kind = gate_up.dtype.element_ty
+    for at in range(0, M, COLS):
+        m = at + tl.arange(0, COLS)
+        gate, up = _gate_and_up(gate_up, bias, rows, at, inside, stride, expert, M, COLS, ROWS)
+        gate_on = gate <= limit
+        up_on = (up <= limit) & (up >= -limit)
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit) + 1
+        share = tl.sigmoid(alpha * gate)
+        act = up * gate * share
+        mask = inside[:, None] & (m < M)[None, :]
+        at_m = shared + rows[:, None] * M + m[None, :]
+        back = tl.load(at_m, mask=mask, other=0.0).to(tl.float32)
+        dot += tl.sum(act * back, 1)
+        act = act.to(kind)
+        tl.store(at_m, act, mask=mask)
+        back *= weight_S
+        d_gate = tl.where(gate_on, back * up * share * (1 + alpha * gate * (1 - share)), 0.0)
+        d_up = tl.where(up_on, back * gate * share, 0.0)
+        d_pair = tl.interleave(d_gate, d_up).to(kind)
+        pair = 2 * at + tl.arange(0, 2 * COLS)
+        tl.store(
+            gate_up + rows[:, None] * stride + pair[None, :], d_pair, mask=inside[:, None] & (pair < 2 * M)[None, :]
+        )
+        if RANK > 0:
+            part = matrix_a + expert.to(tl.int64) * M * RANK + m[:, None] * RANK + r[None, :]
+            factor = tl.load(part, mask=(m < M)[:, None] & (r < RANK)[None, :], other=0.0)
+            acc_a = tl.dot(act, factor.to(kind), acc_a, input_precision="ieee")
+            part = matrix_b + expert.to(tl.int64) * 2 * M * RANK + pair[:, None] + r[None, :] * 2 * M
+            factor = tl.load(part, mask=(pair < 2 * M)[:, None] & (r < RANK)[None, :], other=0.0)
+            acc_b = tl.dot(d_pair, factor.to(kind), acc_b, input_precision="ieee")
+    if RANK > 0:
+        value = (acc_a * scale).to(kind)
+        tl.store(thin_a + rows[:, None] * R + r[None, :], value, mask=inside[:, None] & (r < R)[None, :])
+        _store_tail(acc_b, scale, rows, inside, gate_up, stride, 2 * M, thin_b, RANK, R, R2)
+    tl.store(dots + rows, dot, mask=inside)
+
+
+def swiglu_backward_(
+    gate_up_SX: Tensor,
+    bias_E2M: Tensor,
+    offsets_E: Tensor,
+    back_SM: Tensor,
+    weight_S: Tensor,
+    alpha: float,
+    limit: float,
+    a_EMr: Tensor | None = None,
+    b_Er2M: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of `swiglu` and of the experts' weights, in place.
+
+    Args:
+        gate_up_SX: [S, 2M + R]: gate and up without bias; becomes their gradient, with the tail
+            `scale * gradient @ b[e].T`.
+        back_SM: contiguous: gradient of the activations before each row's weight; becomes the activations.
+        weight_S: float32 weight of each row.
+        a_EMr: down's A, contiguous; b_Er2M: gate_up's B, contiguous.
+
+    Returns:
+        `scale * act @ a[e]` [S, R]; the tail alone [S, R]; float32 [S] `act @ back`, the gradient of `weight_S`
+        but for the bias.
+    """
+    count, inner, experts = len(gate_up_SX), bias_E2M.shape[1] // 2, len(offsets_E)
+    rank = 0 if a_EMr is None else a_EMr.shape[2]
+    tail = padded(rank)
+    thin_a, thin_b = gate_up_SX.new_empty(count, tail), gate_up_SX.new_empty(count, tail)
+    dots = gate_up_SX.new_empty(count, dtype=torch.float32)
+    nothing = gate_up_SX
+    _swiglu_backward_kernel[_grid(count, experts, _SWIGLU_BACKWARD)](
+        gate_up_SX, bias_E2M, offsets_E, back_SM, weight_S, nothing if a_EMr is None else a_EMr,
+        nothing if b_Er2M is None else b_Er2M, thin_a, thin_b, dots, scale, alpha, limit, gate_up_SX.stride(0),
+        M=inner, E=experts, E2=triton.next_power_of_2(experts), RANK=rank, R=tail, R2=_dot_width(rank),
+        **_SWIGLU_BACKWARD,
+    )  # fmt: skip
+    return thin_a, thin_b, dots
+
+
+@triton.jit
+def _combine_kernel(
+    rows, position, weight, index, bias, out,
+    H: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    mask = h < H
+    total = tl.zeros((COLS,), tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(position + token * K + k)
+        value = tl.load(rows + row * H + h, mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            expert = tl.load(index + token * K + k)
+            value += tl.load(bias + expert * H + h, mask=mask, other=0.0).to(tl.float32)
+            value *= tl.load(weight + token * K + k)
+        total += value
+    tl.store(out + token * H + h, total, mask=mask)
+
+
+def combine(
+    rows_SH: Tensor,
+    position_TK: Tensor,
+    weight_TK: Tensor | None = None,
+    index_TK: Tensor | None = None,
+    bias_EH: Tensor | None = None,
+) -> Tensor:
+    """[T, H]: the sum of each token's rows, or of `weight * (row + bias[e])`; summed in float32.
+
+    Args:
+        rows_SH: contiguous.
+        position_TK: int64 row of each token's k-th expert.
+        weight_TK: float32; with it int64 `index_TK` and `bias_EH`, all contiguous.
+    """
+    tokens, top_k = position_TK.shape
+    width = rows_SH.shape[1]
+    out = rows_SH.new_empty(tokens, width)
+    columns = min(1024, triton.next_power_of_2(width))
+    _combine_kernel[(tokens, triton.cdiv(width, columns))](
+        rows_SH, position_TK, rows_SH if weight_TK is None else weight_TK, rows_SH if index_TK is None else index_TK,
+        rows_SH if bias_EH is None else bias_EH, out,
+        H=width, K=top_k, WEIGHTED=weight_TK is not None, COLS=columns, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _outer_kernel(
+    thin, wide, order, offsets, weight, out, wide_stride, out_e, out_n, out_r, N,
+    K: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, WEIGHTED: tl.constexpr,
+    COLS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1)
+    n = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    r = tl.arange(0, R2)
+    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
+    acc = tl.zeros((R2, COLS), tl.float32)
+    for at in range(start, end, ROWS):
+        rows = (at + tl.arange(0, ROWS)).to(tl.int64)
+        inside = rows < end
+        source = rows
+        if K > 0:
+            source = tl.load(order + rows, mask=inside, other=0) // K
+        small = tl.load(thin + rows[None, :] * R + r[:, None], mask=inside[None, :] & (r < RANK)[:, None], other=0.0)
+        if WEIGHTED:
+            factor = tl.load(weight + rows, mask=inside, other=0.0)
+            small = (small.to(tl.float32) * factor[None, :]).to(small.dtype)
+        value = tl.load(
+            wide + source[:, None] * wide_stride + n[None, :], mask=inside[:, None] & (n < N)[None, :], other=0.0
+        )
+        acc = tl.dot(small, value, acc, input_precision="ieee")
+    to = out + expert.to(tl.int64) * out_e + r[:, None] * out_r + n[None, :] * out_n
+    tl.store(to, acc, mask=(r < RANK)[:, None] & (n < N)[None, :])
+
+
+def outer(
+    thin_SR: Tensor,
+    wide_XN: Tensor,
+    offsets_E: Tensor,
+    out: Tensor,
+    order_S: Tensor | None = None,
+    top_k: int = 0,
+    weight_S: Tensor | None = None,
+) -> Tensor:
+    """For each expert the sum over its rows of `wide[row] ⊗ thin[row]`, into float32 `out` [E, N, r] of any strides.
+
+    Args:
+        thin_SR: contiguous; its first r columns count.
+        wide_XN: N columns of unit stride, one row for each of S; or with `order_S` one a token, as in `gather`.
+        weight_S: float32 factor of each row.
+    """
+    experts, width, rank = out.shape
+    _outer_kernel[(triton.cdiv(width, _OUTER["COLS"]), experts)](
+        thin_SR, wide_XN, thin_SR if order_S is None else order_S, offsets_E, thin_SR if weight_S is None else weight_S,
+        out, wide_XN.stride(0), *out.stride(), width,
+        K=0 if order_S is None else top_k, RANK=rank, R=thin_SR.shape[1], R2=_dot_width(rank),
+        WEIGHTED=weight_S is not None, **_OUTER,
+    )  # fmt: skip
+    return out

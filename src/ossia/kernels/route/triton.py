@@ -1,0 +1,139 @@
+"""Routing in one kernel each way. T tokens, H hidden, E experts, K of them chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_FORWARD = {"BT": 32, "BH": 64}
+_BACKWARD = {"BT": 32, "BH": 128, "num_warps": 4}
+
+
+@triton.jit
+def _forward(
+    hidden,
+    router,
+    bias,
+    index,
+    weight,
+    T,
+    H,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    EP: tl.constexpr,  # E and K, up to a power of two
+    KP: tl.constexpr,
+    EXACT: tl.constexpr,  # x is bfloat16, so tensor cores lose nothing
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    expert = tl.arange(0, EP)
+    logits = tl.zeros((BT, EP), tl.float32)
+    for start in range(0, H, BH):
+        at = start + tl.arange(0, BH)
+        some = (token < T)[:, None] & (at < H)[None, :]
+        x = tl.load(hidden + token[:, None] * H + at[None, :], mask=some, other=0.0)
+        some = (at < H)[:, None] & (expert < E)[None, :]
+        w = tl.load(router + expert[None, :] * H + at[:, None], mask=some, other=0.0).to(tl.float32)
+        if EXACT:
+            # Three bfloat16 parts hold all 24 bits of w, and each product with x is exact in float32.
+            high = w.to(tl.bfloat16)
+            rest = w - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            logits = tl.dot(x, high, logits)
+            logits = tl.dot(x, middle, logits)
+            logits = tl.dot(x, low, logits)
+        else:
+            logits = tl.dot(x.to(tl.float32), w, logits, input_precision="ieee")
+    logits += tl.load(bias + expert, mask=expert < E, other=0.0).to(tl.float32)[None, :]
+
+    rank = tl.where(logits != logits, float("inf"), logits)
+    free = (expert < E)[None, :] & (token >= 0)[:, None]
+    slot = tl.arange(0, KP)
+    values = tl.full((BT, KP), float("-inf"), tl.float32)
+    for k in tl.static_range(K):
+        best = tl.max(tl.where(free, rank, float("-inf")), 1)
+        chosen = tl.min(tl.where(free & (rank == best[:, None]), expert[None, :], EP), 1)
+        taken = expert[None, :] == chosen[:, None]
+        value = tl.sum(tl.where(taken, logits, 0.0), 1)
+        values = tl.where((slot == k)[None, :], value[:, None], values)
+        free = free & (taken == 0)
+        tl.store(index + token * K + k, chosen, mask=token < T)
+    values = tl.exp(values - tl.max(values, 1)[:, None])
+    values /= tl.sum(values, 1)[:, None]
+    some = (token < T)[:, None] & (slot < K)[None, :]
+    tl.store(weight + token[:, None] * K + slot[None, :], values, mask=some)
+
+
+@triton.jit
+def _backward(
+    index, weight, grad, router, out, T, H, K: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr
+):  # grad of weight, out of hidden
+    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    at = tl.program_id(1) * BH + tl.arange(0, BH)
+    real = token < T
+    some = real[:, None] & (at < H)[None, :]
+    mean = tl.zeros((BT,), tl.float32)
+    for k in tl.static_range(K):
+        w = tl.load(weight + token * K + k, mask=real, other=0.0)
+        mean += w * tl.load(grad + token * K + k, mask=real, other=0.0)
+    total = tl.zeros((BT, BH), tl.float32)
+    for k in tl.static_range(K):
+        w = tl.load(weight + token * K + k, mask=real, other=0.0)
+        of_logit = w * (tl.load(grad + token * K + k, mask=real, other=0.0) - mean)
+        chosen = tl.load(index + token * K + k, mask=real, other=0)
+        row = tl.load(router + chosen[:, None] * H + at[None, :], mask=some, other=0.0).to(tl.float32)
+        total += of_logit[:, None] * row
+    tl.store(out + token[:, None] * H + at[None, :], total, mask=some)
+
+
+def route(hidden_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """As `reference.route`."""
+    return _Route.apply(hidden_TH, weight_EH.detach(), bias_E.detach(), top_k)
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: Tensor, router_EH: Tensor, bias_E: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        length, experts = hidden_TH.shape[0], router_EH.shape[0]
+        router_EH = router_EH.contiguous()
+        index_TK = torch.empty((length, top_k), dtype=torch.int64, device=hidden_TH.device)
+        weight_TK = torch.empty((length, top_k), dtype=torch.float32, device=hidden_TH.device)
+        if length:
+            padded = max(16, triton.next_power_of_2(experts))
+            _forward[(triton.cdiv(length, _FORWARD["BT"]),)](
+                hidden_TH.contiguous(),
+                router_EH,
+                bias_E.contiguous(),
+                index_TK,
+                weight_TK,
+                *hidden_TH.shape,
+                E=experts,
+                K=top_k,
+                EP=padded,
+                KP=triton.next_power_of_2(top_k),
+                EXACT=hidden_TH.dtype == torch.bfloat16,
+                # 128 experts on 4 warps take 207 registers a thread, on 8 104.
+                num_warps=4 if padded <= 64 else 8,
+                **_FORWARD,
+            )
+        ctx.dtype = hidden_TH.dtype
+        ctx.save_for_backward(index_TK, weight_TK, router_EH)
+        ctx.mark_non_differentiable(index_TK)
+        return index_TK, weight_TK
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        index_TK, weight_TK, router_EH = ctx.saved_tensors
+        (length, top_k), size = index_TK.shape, router_EH.shape[1]
+        grad_TH = torch.empty((length, size), dtype=ctx.dtype, device=index_TK.device)
+        if length:
+            grid = (triton.cdiv(length, _BACKWARD["BT"]), triton.cdiv(size, _BACKWARD["BH"]))
+            grad_TK = grads[1].contiguous()
+            _backward[grid](index_TK, weight_TK, grad_TK, router_EH, grad_TH, length, size, K=top_k, **_BACKWARD)
+        return grad_TH, None, None, None
