@@ -47,6 +47,7 @@ COMMANDS = {
         "ossia.export.run:run",
         "merge an adapter into a model that runs anywhere",
     ),
+    "bench": Command("ossia.config:BenchConfig", "ossia.bench.run:run", "measure training on this GPU, random weights"),
 }
 
 

@@ -24,6 +24,7 @@ ORDER = [
     "adapters",
     "track",
     "train",
+    "bench",
     "infer",
     "export",
     "demo",

@@ -68,7 +68,7 @@ class ExpertsLora(nn.Module, LoraLayer):
         return self.base_layer(hidden_TH, index_TK, weight_TK, self._delta)
 
     def _drops(self, adapter: str) -> bool:
-        return self.training and self.lora_dropout[adapter].p > 0
+        return self.training and cast(nn.Dropout, self.lora_dropout[adapter]).p > 0
 
     def _delta(self, projection: Projection, rows: Tensor, offsets_E: Tensor) -> Tensor:
         total: Tensor | None = None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.lora import Linear
-from torch import Tensor
+from torch import Tensor, nn
 
 from ossia.kernels.lora_linear import lora_linear
 from ossia.model.experts import fuses
@@ -21,8 +21,11 @@ class LinearLora(Linear):
         if not plain or not self._is_plain(active[0]):
             return super().forward(x, *args, **kwargs)
         name = active[0]
-        base, a, b = self.get_base_layer(), self.lora_A[name].weight, self.lora_B[name].weight
+        base, a, b = cast(nn.Linear, self.get_base_layer()), self._weight("A", name), self._weight("B", name)
         return lora_linear(x, base.weight, base.bias, a, b, self.scaling[name])
+
+    def _weight(self, side: str, adapter: str) -> Tensor:
+        return getattr(self, f"lora_{side}")[adapter].weight
 
     def _is_plain(self, adapter: str) -> bool:
         drops = self.training and getattr(self.lora_dropout[adapter], "p", 0) > 0

@@ -61,15 +61,19 @@ def find_targets(model: nn.Module, target_modules: list[str], target_experts: st
     return targets
 
 
-def check_targets(folder: Path, target_modules: list[str], target_experts: str = "auto") -> None:
-    """What `find_targets` would refuse, as far as the names of a model folder's tensors tell. Loads nothing."""
+def check_targets(folder: Path, target_modules: list[str], target_experts: str = "auto") -> tuple[list[str], list[int]]:
+    """What `find_targets` would refuse, as far as the names of a model folder's tensors tell. Loads nothing.
+
+    Returns:
+        Names of the linear layers that are adapted, and the layers whose experts are.
+    """
     tensors = [name.removesuffix(".weight") for name in weight_files(folder) if name.endswith(".weight")]
     names = [name for name in tensors if "norm" not in name and "embed" not in name and "router" not in name]
     config = read_json(folder / "config.json")
     layers = range(config["num_hidden_layers"]) if config.get("model_type") == "gpt_oss" else ()
-    if names:
-        _linear_targets(names, target_modules)
-    _expert_layers(list(layers), target_experts)
+    endings = _linear_targets(names, target_modules) if names else []
+    linear = [name for name in names if any(name == end or name.endswith(f".{end}") for end in endings)]
+    return linear, _expert_layers(list(layers), target_experts)
 
 
 def _linear_targets(names: Iterable[str], wanted: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,31 +12,48 @@ from transformers import GptOssConfig
 from ossia.model import attention
 from ossia.model.gpt_oss import OssiaGptOssForCausalLM
 
-SIZES = {"20b": (24, 32), "120b": (36, 128)}
-"""Layers and experts of openai/gpt-oss-<size>; all else is the same in both."""
+# All that differs between openai/gpt-oss-20b and -120b, and a toy.
+_SIZES: dict[str, dict[str, Any]] = {
+    "20b": {"num_hidden_layers": 24, "num_local_experts": 32},
+    "120b": {"num_hidden_layers": 36, "num_local_experts": 128},
+    "tiny": {
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 512,
+    },
+}
 
 
 def config_of(size: str) -> GptOssConfig:
-    """transformers' configuration of openai/gpt-oss-20b or -120b."""
-    layers, experts = SIZES[size]
-    return GptOssConfig(num_hidden_layers=layers, num_local_experts=experts)
+    """transformers' configuration of `20b`, `120b` or `tiny`."""
+    return GptOssConfig(**_SIZES[size])
 
 
 def random_model(
-    config: GptOssConfig, device: torch.device, offload: Collection[str] = (), seed: int = 0
+    config: GptOssConfig,
+    device: torch.device,
+    offload: Collection[str] = (),
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> OssiaGptOssForCausalLM:
-    """A frozen model in bfloat16 with MXFP4 experts, normal weights of deviation 0.02.
+    """A frozen model with MXFP4 experts, normal weights of deviation 0.02.
 
     Args:
         config: sizes.
         device: where it trains.
         offload: names of tensors that rest in pinned host memory.
         seed: of the weights.
+        dtype: of all but experts and routers.
     """
-    supported = attention.supports_flash(device, torch.bfloat16)
+    supported = attention.supports_flash(device, dtype)
     config._attn_implementation = attention.NAME if supported else "eager"
     config.output_router_logits = False
-    config.dtype = torch.bfloat16
+    config.dtype = dtype
     with torch.device("meta"):
         model = OssiaGptOssForCausalLM(config, quantized=True)
     generator = torch.Generator(device).manual_seed(seed)
@@ -43,7 +61,7 @@ def random_model(
         if name.startswith("model.rotary"):
             continue
         owner, _, leaf = name.rpartition(".")
-        value = _random(name, tensor.shape, device, generator)
+        value = _random(name, tensor.shape, device, dtype, generator)
         if name in offload:
             value = value.cpu().pin_memory()
         kind = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
@@ -52,12 +70,14 @@ def random_model(
     return model.eval()
 
 
-def _random(name: str, shape: torch.Size, device: torch.device, generator: torch.Generator) -> torch.Tensor:
+def _random(
+    name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
     if name.endswith("_blocks"):
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
     if name.endswith("_scales"):
         return torch.randint(119, 121, shape, dtype=torch.uint8, device=device, generator=generator)
     if "norm" in name:
-        return torch.ones(shape, dtype=torch.bfloat16, device=device)
-    kind = torch.float32 if ".router." in name else torch.bfloat16
+        return torch.ones(shape, dtype=dtype, device=device)
+    kind = torch.float32 if ".router." in name else dtype
     return torch.empty(shape, dtype=kind, device=device).normal_(0, 0.02, generator=generator)

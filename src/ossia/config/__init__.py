@@ -1,6 +1,7 @@
 """Options of the commands, one class each; importable without torch."""
 
 from ossia.config.base import Config
+from ossia.config.bench import BenchConfig
 from ossia.config.data import CheckConfig, PreviewConfig, StatsConfig
 from ossia.config.demo import DemoConfig
 from ossia.config.export import ExportConfig
@@ -8,6 +9,7 @@ from ossia.config.infer import InferConfig
 from ossia.config.sft import SftConfig
 
 __all__ = [
+    "BenchConfig",
     "CheckConfig",
     "Config",
     "DemoConfig",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -86,6 +87,21 @@ class Config:
         flags = vars(namespace)
         values = read_yaml(flags["config"]) if flags.get("config") else {}
         return cls.from_dict({**values, **flags}, origin=flags.get("config") or "flags")
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """`16GB`, `14.5GiB`, `16000MB` or a number of bytes; a bare number below 10,000 means GB.
+
+    Raises:
+        UsageError: anything else; `flag` is named.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    number = float(match[1]) if match else 0.0
+    if not match or not number:
+        raise UsageError(f"{flag} got {text!r}; it takes a size such as 16GB or 15GiB")
+    unit = match[2] or ("g" if number < 10_000 else "")
+    power = " kmgt".index(unit[0]) if unit else 0
+    return int(number * (1024 if unit.endswith("i") else 1000) ** power)
 
 
 def read_yaml(path: str) -> dict[str, Any]:

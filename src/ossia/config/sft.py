@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ossia.config.base import Config, opt
+from ossia.config.base import Config, opt, parse_bytes
 from ossia.config.parts import DATA_TITLES, MODEL_TITLES, DataOptions, ModelOptions, TemplateOptions
 from ossia.errors import UsageError
 
@@ -68,8 +68,17 @@ class SftConfig(DataOptions, TemplateOptions, ModelOptions, Config):
     adam_beta2: float = opt(0.999, "AdamW beta 2", group="train")
     adam_epsilon: float = opt(1e-8, "AdamW epsilon", group="train")
     max_grad_norm: float = opt(1.0, "gradients are clipped to this norm", group="train")
-    optim: str = opt("adamw_torch", "optimizer, by transformers' name", group="train")
-    gradient_checkpointing: bool = opt(True, "recompute layers in backward to save memory", group="train")
+    optim: str = opt("adamw_torch_fused", "optimizer, by transformers' name", group="train")
+    gradient_checkpointing: str = opt(
+        "auto",
+        "layers computed again in backward, which saves memory: all (true), none (false), or as many as the GPU's "
+        "memory asks for (auto; gpt-oss on a GPU, elsewhere all)",
+        group="train",
+        choices=["auto", "true", "false"],
+    )
+    memory_budget: str | None = opt(
+        None, "GPU memory a gpt-oss run may take, such as 16GB; default: what is free", group="train"
+    )
     dataloader_num_workers: int = opt(0, "processes that assemble batches", group="train")
 
     logging_steps: int = opt(5, "optimizer steps between log lines", group="eval")
@@ -107,8 +116,15 @@ class SftConfig(DataOptions, TemplateOptions, ModelOptions, Config):
 
     dry_run: bool = opt(False, "check everything, print the resolved options, train nothing")
 
+    def __post_init__(self) -> None:
+        if isinstance(self.gradient_checkpointing, bool):
+            self.gradient_checkpointing = str(self.gradient_checkpointing).lower()
+        super().__post_init__()
+
     def validate(self) -> None:
         self.validate_data()
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget, "--memory_budget")
         for name in (
             "lora_rank",
             "per_device_train_batch_size",

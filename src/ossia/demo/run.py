@@ -111,7 +111,7 @@ def _sft_config(config: DemoConfig, base: Path, files: dict[str, Path]) -> SftCo
         learning_rate=1e-3,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        gradient_checkpointing=False,
+        gradient_checkpointing="false",
         logging_steps=5,
         eval_steps=21,
         eval_on_start=True,

@@ -42,13 +42,13 @@ def flash_attention_forward(
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs)
     q, k, v = (x.transpose(1, 2).to(torch.bfloat16) for x in (query, key, value))
     sinks: Tensor = module.sinks  # type: ignore[assignment]
-    return attention.flash(q, k, v, sinks, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+    return attention.fastest(q, k, v, sinks, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
 
 
 class Attention(GptOssAttention):
     """transformers' module with the rotary embedding in float32, one kernel each for queries and keys."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],

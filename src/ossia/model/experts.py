@@ -59,6 +59,16 @@ class Experts(nn.Module):
             else:
                 weight = nn.Parameter(torch.empty(self.num_experts, inputs, outputs), requires_grad=False)
                 self.register_parameter(name, weight)
+        self._wide: dict[str, Tensor] = {}
+
+    def hold_expanded(self, tail: int) -> None:
+        """Expand the weights for good, bfloat16, with room for an adapter of rank `tail`: spends memory on time."""
+        for name in PROJECTIONS:
+            frozen = self._frozen(name)
+            empty_Er = frozen.bias_EO.new_zeros(self.num_experts, 1, tail)
+            a_EIr = empty_Er.expand(-1, frozen.inputs, -1) if tail else None
+            b_ErO = empty_Er.transpose(1, 2).expand(-1, -1, frozen.bias_EO.shape[1]) if tail else None
+            self._wide[name] = frozen.expand(torch.bfloat16, a_EIr, b_ErO)
 
     def forward(
         self,
@@ -79,20 +89,25 @@ class Experts(nn.Module):
             adapters: one adapter of both projections, on the fused path, where `fuses` says so.
             scale: of `adapters`.
         """
-        frozen = [self._frozen(name) for name in PROJECTIONS]
+        gate_up, down = self._frozen("gate_up_proj"), self._frozen("down_proj")
+        common = (hidden_TH, index_TK, weight_TK, gate_up, down, self.alpha, self.limit)
         if delta is None and fuses(hidden_TH):
             from ossia.kernels.expert_mlp.fused import expert_mlp as fused
 
-            pair = adapters or (None, None)
-            return fused(hidden_TH, index_TK, weight_TK, *frozen, self.alpha, self.limit, *pair, scale, self.memory)
-        deltas = [delta and functools.partial(delta, name) for name in PROJECTIONS]
-        return expert_mlp.reference(hidden_TH, index_TK, weight_TK, *frozen, self.alpha, self.limit, *deltas)
+            first, second = adapters or (None, None)
+            return fused(*common, first, second, scale, self.memory)
+        if delta is None:
+            return expert_mlp.reference(*common)
+        return expert_mlp.reference(
+            *common, functools.partial(delta, "gate_up_proj"), functools.partial(delta, "down_proj")
+        )
 
     def _frozen(self, name: Projection) -> Frozen:
         bias_EO = self.get_parameter(f"{name}_bias")
         if self.quantized:
-            return Frozen(bias_EO, self.get_buffer(f"{name}_blocks"), self.get_buffer(f"{name}_scales"))
-        return Frozen(bias_EO, dense_EIO=self.get_parameter(name))
+            halves = (self.get_buffer(f"{name}_blocks"), self.get_buffer(f"{name}_scales"))
+            return Frozen(bias_EO, *halves, wide=self._wide.get(name))
+        return Frozen(bias_EO, dense_EIO=self.get_parameter(name), wide=self._wide.get(name))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Experts:
         """What rests in pinned memory stays there when the model moves."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.masking_utils import create_sliding_window_causal_mask as create_window_mask
@@ -87,11 +88,13 @@ class DecoderLayer(GptOssDecoderLayer):
     def __init__(self, config: GptOssConfig, layer_idx: int, quantized: bool) -> None:
         super().__init__(config, layer_idx)
         self.self_attn = attention.Attention(config, layer_idx)
-        self.mlp = MoE(config, quantized)
+        self.mlp = MoE(config, quantized)  # type: ignore[assignment]
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         """[B, S, H] → [B, S, H]."""
         normal = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(hidden_states=normal, attention_mask=attention_mask, **kwargs)
@@ -105,6 +108,9 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
 
     With `loss_weights` the forward returns a `LossOutput` instead of logits.
     """
+
+    loss_chunk = 1024
+    """Positions whose logits exist at a time in the loss."""
 
     def __init__(self, config: GptOssConfig, quantized: bool = False) -> None:
         super().__init__(config)
@@ -135,7 +141,7 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
         if loss_weights is None or labels is None:
             return super().forward(input_ids=input_ids, labels=labels, **kwargs)
         hidden = self.model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
-        return LossOutput(*shifted_loss(hidden, self.lm_head.weight, labels, loss_weights))
+        return LossOutput(*shifted_loss(hidden, self.lm_head.weight, labels, loss_weights, self.loss_chunk))
 
     def _masks(
         self,
@@ -154,7 +160,10 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
         return {"attention_mask": dict(zip(_MASKS, both, strict=True))}
 
 
-def shifted_loss(hidden: Tensor, head_VH: Tensor, labels: Tensor, loss_weights: Tensor) -> tuple[Tensor, Tensor]:
+def shifted_loss(
+    hidden: Tensor, head_VH: Tensor, labels: Tensor, loss_weights: Tensor, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
     """Summed loss and right guesses where position t predicts label t+1. hidden [B, S, H], the others [B, S]."""
-    flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    return linear_cross_entropy(flat, head_VH.to(flat.dtype), labels[:, 1:].flatten(), loss_weights[:, 1:].flatten())
+    # The last position of a row predicts nothing: weight 0 instead of a copy of all others.
+    label, weight = (F.pad(x[:, 1:], (0, 1)).flatten() for x in (labels, loss_weights))
+    return linear_cross_entropy(hidden.flatten(0, 1), head_VH.to(hidden.dtype), label, weight, chunk)

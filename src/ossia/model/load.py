@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
@@ -68,6 +69,21 @@ def pick_device(device: str) -> torch.device:
     if not torch.cuda.is_available():
         raise UsageError("--device cuda: this machine shows no CUDA GPU to PyTorch")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def path_lines(device: torch.device, dropout: bool) -> list[str]:
+    """Which kernels a gpt-oss run on a GPU from Ampere on takes, and what is slow about them."""
+    triton = importlib.util.find_spec("triton") is not None
+    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+    whole = "cuDNN" if hopper else "FlashAttention 2"
+    lines = [f"kernels: attention by {'Triton in windows, ' if triton else ''}{whole} elsewhere"]
+    if not triton:
+        lines.append("kernels: Triton is not installed, so experts, norms and loss take PyTorch's operations (slow)")
+    elif dropout:
+        lines.append("kernels: --lora_dropout is above 0, so adapters are not fused into their products (slow)")
+    if not hopper:
+        lines.append("kernels: torch multiplies experts one by one below compute capability 9.0 (slow)")
+    return lines
 
 
 def pick_dtype(torch_dtype: str, device: torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What a layer keeps from forward to backward: everything, less of its experts, or its input alone."""
+"""Carries out a plan: what layers keep from forward to backward, and where it waits."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from torch.utils.checkpoint import checkpoint
 
 from ossia.kernels.expert_mlp import Memory, recomputing
 from ossia.model.experts import Experts
+from ossia.model.gpt_oss import OssiaGptOssForCausalLM
+from ossia.train.plan import Plan
 
-KINDS = ("none", "experts", "layer")
-"""What backward makes again: nothing; the experts' first projection; the layer, from its input."""
 
-
-def set_recompute(layer: nn.Module, kind: str, *, experts_at_once: int = 0, offload: HostStore | None = None,
-                  dropout: bool = False) -> None:  # fmt: skip
-    """Make a gpt-oss layer keep less.
+def apply_plan(model: nn.Module, plan: Plan, dropout: bool = False) -> None:
+    """Set a gpt-oss model, with or without adapters, to a plan.
 
     Args:
-        layer: a decoder layer, with or without adapters.
-        kind: one of `KINDS`.
-        experts_at_once: experts expanded at a time; 0: all.
-        offload: where the inputs of layers that are made again wait, if not on the GPU.
-        dropout: whether random states have to be restored.
+        model: loaded with `plan.offload()` in host memory.
+        plan: from `make_plan`.
+        dropout: whether adapters drop inputs, so that random states have to be restored.
     """
-    layer.gradient_checkpointing = kind == "layer"
-    layer._gradient_checkpointing_func = _again(offload, dropout)  # type: ignore[assignment]
-    for module in layer.modules():
-        if isinstance(module, Experts):
-            module.memory = Memory(keep=kind != "experts", experts=experts_at_once)
+    inner = next(module for module in model.modules() if isinstance(module, OssiaGptOssForCausalLM))
+    inner.loss_chunk = plan.loss_chunk
+    device = inner.lm_head.weight.device
+    again = _again(HostStore(device) if plan.inputs_on_host else None, dropout)
+    layers = inner.model.layers
+    for number, (layer, kind) in enumerate(zip(layers, plan.recompute, strict=True)):
+        layer.gradient_checkpointing = kind == "layer"
+        layer._gradient_checkpointing_func = again
+        experts = next(module for module in layer.modules() if isinstance(module, Experts))
+        experts.memory = Memory(keep=kind != "experts", experts=plan.experts_at_once)
+        if number >= len(layers) - plan.held_layers:
+            experts.hold_expanded(plan.sizes.tail)
 
 
 def _again(offload: HostStore | None, dropout: bool) -> Callable[..., Any]:
@@ -88,12 +91,12 @@ class _Held:
 
     def __init__(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self.device, self.back = tensor.device, None
+        self.device = tensor.device
+        self.back: Tensor | None = None
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.host.copy_(tensor, non_blocking=True)
         tensor.record_stream(stream)
-        self.requires_grad = tensor.requires_grad
 
     def fetch(self, stream: torch.cuda.Stream) -> None:
         if self.back is None:

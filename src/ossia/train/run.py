@@ -12,22 +12,28 @@ from typing import TYPE_CHECKING, Any
 from ossia.adapters.targets import check_targets
 from ossia.compat import quiet_libraries
 from ossia.config import SftConfig
+from ossia.config.base import parse_bytes
 from ossia.console import say, tool
 from ossia.data.packing import PackedRows
 from ossia.data.prepare import prepare, split
 from ossia.data.sources import find_datasets
 from ossia.data.store import TokenRows
 from ossia.errors import OssiaError, UsageError
-from ossia.model.folder import resolve_model
+from ossia.model.folder import read_json, resolve_model, weight_files
 from ossia.model.tokenizer import load_tokenizer
 from ossia.template.options import template_from
 from ossia.train.folder import CONFIG, new_run_folder
 from ossia.train.launch import launch, processes_wanted
+from ossia.train.plan import Plan, Sizes, adapter_parameters, make_plan
 
 if TYPE_CHECKING:
+    import torch
     from transformers import TrainingArguments
 
     from ossia.train.trainer import SftTrainer
+
+
+_PLANNED = ("auto", "flash")
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,14 @@ def run(config: SftConfig) -> SftResult | None:
         return None
     folder = resolve_model(str(config.model))
     config.model = str(folder)
-    check_targets(folder, config.target_modules, config.target_experts)
+    targets = check_targets(folder, config.target_modules, config.target_experts)
     tokenizer = load_tokenizer(folder)
     template = template_from(tokenizer, config)
     rows, held = _data(config, template)
     if config.dry_run:
         say(config.to_yaml().rstrip())
         return None
-    return _train(config, tokenizer, template, rows, held)
+    return _train(config, targets, tokenizer, template, rows, held)
 
 
 def _check(config: SftConfig) -> None:
@@ -100,21 +106,103 @@ def _packed(config: SftConfig, rows: TokenRows) -> PackedRows:
     return packed
 
 
-def _train(config: SftConfig, tokenizer: Any, template: Any, rows: TokenRows, held: TokenRows | None) -> SftResult:
+def _plan(
+    config: SftConfig, targets: tuple[list[str], list[int]], rows: TokenRows, device: torch.device, dtype: torch.dtype
+) -> Plan | None:
+    folder = Path(str(config.model))
+    quantized = config.experts != "dequantized" and any(name.endswith("_blocks") for name in weight_files(folder))
+    length = (config.packing_length or config.max_length) if config.packing else int(rows.lengths.max())
+    return plan_for(config, read_json(folder / "config.json"), quantized, targets, length, device, dtype)
+
+
+def plan_for(
+    config: SftConfig,
+    model: dict[str, Any],
+    quantized: bool,
+    targets: tuple[list[str], list[int]],
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Plan | None:
+    """How a run uses the GPU's memory, said in lines; None where that is not ours to choose.
+
+    Args:
+        config: batch, rank, budget.
+        model: its config.json.
+        quantized: whether experts stay in MXFP4.
+        targets: adapted linear layers, and layers whose experts are adapted.
+        length: tokens of the longest row.
+        device: where it trains.
+        dtype: in what.
+
+    Raises:
+        OssiaError: nothing fits.
+        UsageError: a budget over what is free.
+    """
+    import torch
+
+    from ossia.model.attention import supports_flash
+
+    if model.get("model_type") != "gpt_oss" or not supports_flash(device, dtype) or config.attn_impl not in _PLANNED:
+        if config.memory_budget:
+            say("--memory_budget: no effect here; it plans gpt-oss with flash attention on a GPU from Ampere on")
+        return None
+    sizes = Sizes.of(
+        model,
+        tokens=config.per_device_train_batch_size * length,
+        rank=config.lora_rank if targets[1] else 0,
+        adapters=adapter_parameters(model, config.lora_rank, *targets),
+        accumulates=config.gradient_accumulation_steps > 1,
+        parallel=int(os.environ.get("WORLD_SIZE", "1")) > 1,
+        quantized=quantized,
+    )
+    free = torch.cuda.mem_get_info(device)[0]
+    budget = parse_bytes(config.memory_budget, "--memory_budget") if config.memory_budget else _usable(free)
+    if budget > free:
+        raise UsageError(f"--memory_budget {config.memory_budget}: this GPU has {free / 1e9:.1f} GB free")
+    plan = make_plan(sizes, budget, config.gradient_checkpointing)
+    for line in plan.lines():
+        say(line)
+    return plan
+
+
+def _usable(free: int) -> int:
+    """What a run may plan for: the rest is lost between blocks of the allocator, or is the libraries' own."""
+    return int(free * 0.94)
+
+
+def expandable_memory() -> None:
+    """Before the first tensor reaches a GPU: blocks that grow leave no holes between layers of different needs."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def _train(
+    config: SftConfig,
+    targets: tuple[list[str], list[int]],
+    tokenizer: Any,
+    template: Any,
+    rows: TokenRows,
+    held: TokenRows | None,
+) -> SftResult:
+    expandable_memory()
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
     from transformers import set_seed
 
     from ossia.adapters.inject import add_lora, base_parameters, coverage_lines
-    from ossia.model.load import load_model, pick_device, pick_dtype
+    from ossia.model.load import load_model, path_lines, pick_device, pick_dtype
     from ossia.track import Status, make_trackers
+    from ossia.train.recompute import apply_plan
     from ossia.train.trainer import check_packing
 
     quiet_libraries()
     device = pick_device(config.device)
     dtype = pick_dtype(config.torch_dtype, device)
+    plan = _plan(config, targets, rows, device, dtype)
     args = training_arguments(config, bool(held), dtype == torch.bfloat16, device.type == "cpu")
+    if plan is not None:
+        args.gradient_checkpointing = False  # the plan says it layer by layer
     state = PartialState(cpu=device.type == "cpu")
     set_seed(config.seed)
     model = load_model(
@@ -123,6 +211,7 @@ def _train(config: SftConfig, tokenizer: Any, template: Any, rows: TokenRows, he
         device=config.device,
         experts=config.experts,
         attn_impl=config.attn_impl,
+        offload=plan.offload() if plan else (),
     )
     say(f"model: {config.model} ({type(model).__name__}, {str(dtype)[6:]} on {device}, {template.name} template)")
     total = base_parameters(model)
@@ -135,6 +224,10 @@ def _train(config: SftConfig, tokenizer: Any, template: Any, rows: TokenRows, he
         target_modules=config.target_modules,
         target_experts=config.target_experts,
     )
+    if plan is not None:
+        apply_plan(wrapped, plan, config.lora_dropout > 0)
+        for line in path_lines(device, config.lora_dropout > 0):
+            say(line)
     if config.packing:
         check_packing(wrapped)
     for line in coverage_lines(wrapped, total):
@@ -147,7 +240,7 @@ def _train(config: SftConfig, tokenizer: Any, template: Any, rows: TokenRows, he
         config.report_to if state.is_main_process else None,
         run_dir=run_dir,
         config=config.to_dict(),
-        environment=_environment(device),
+        environment=environment(device),
         project=config.swanlab_project,
         name=config.swanlab_exp_name or run_dir.name,
         swanlab_mode=config.swanlab_mode,
@@ -168,9 +261,12 @@ def _train(config: SftConfig, tokenizer: Any, template: Any, rows: TokenRows, he
             say(f"go on from the last checkpoint:  {tool('ossia')} sft {options}")
         raise
     except torch.OutOfMemoryError as error:
-        raise OssiaError(_out_of_memory(config, error)) from error
+        raise OssiaError(_out_of_memory(config, error, plan)) from error
     finally:
         trackers.finish(status)
+    if plan is not None:
+        peak = torch.cuda.max_memory_allocated(device)
+        say(f"memory: {peak / 1e9:.1f} GB at the peak, {plan.peak / 1e9:.1f} planned")
     return _result(config, trainer, run_dir)
 
 
@@ -216,13 +312,14 @@ def training_arguments(config: SftConfig, has_eval: bool, bf16: bool, on_cpu: bo
     same = (
         "num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
         "learning_rate lr_scheduler_type weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim seed "
-        "gradient_checkpointing logging_steps eval_steps save_strategy save_steps "
+        "logging_steps eval_steps save_strategy save_steps "
         "save_total_limit eval_on_start"
     )
     try:
         return TrainingArguments(
             output_dir=config.output_dir,
             **{name: getattr(config, name) for name in same.split()},
+            gradient_checkpointing=config.gradient_checkpointing != "false",
             eval_strategy=config.eval_strategy or ("steps" if has_eval else "no"),
             warmup_steps=config.warmup_steps or config.warmup_ratio,
             lr_scheduler_kwargs=config.lr_scheduler_kwargs or None,
@@ -270,7 +367,8 @@ def _result(config: SftConfig, trainer: SftTrainer, run_dir: Path) -> SftResult:
     return SftResult(run_dir, checkpoint, metrics)
 
 
-def _environment(device: Any) -> dict[str, Any]:
+def environment(device: Any) -> dict[str, Any]:
+    """Versions and hardware, for a run's record."""
     import peft
     import torch
     import transformers
@@ -289,12 +387,14 @@ def _environment(device: Any) -> dict[str, Any]:
     }
 
 
-def _out_of_memory(config: SftConfig, error: Exception) -> str:
+def _out_of_memory(config: SftConfig, error: Exception, plan: Plan | None) -> str:
     first = " ".join(str(error).split())[:200]
     fix = [
         f"--per_device_train_batch_size (now {config.per_device_train_batch_size})",
         f"--max_length (now {config.max_length})",
         f"--lora_rank (now {config.lora_rank})",
     ]
-    more = "" if config.gradient_checkpointing else ", or turn on --gradient_checkpointing true"
+    if plan is not None:
+        fix.append(f"--memory_budget (planned {plan.peak / 1e9:.1f} GB)")
+    more = "" if config.gradient_checkpointing != "false" else ", or leave --gradient_checkpointing at auto"
     return f"out of GPU memory ({first}). Lower {', '.join(fix)}{more}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +67,9 @@ class SftTrainer(Trainer):
         return (loss, sums) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Trainer's, timed."""
-        started = time.perf_counter()
-        loss = super().training_step(*args, **kwargs)
-        self._window.seconds += time.perf_counter() - started
-        return loss
+        """As Trainer's; the first of a window starts its clock."""
+        self._window.start()
+        return super().training_step(*args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The batch's mean loss; its sums are kept for the exact mean over the set."""
@@ -85,7 +85,8 @@ class SftTrainer(Trainer):
         """As Trainer's, with `loss` the mean over all the set's token weights."""
         self._eval = _Sums()
         prefix = kwargs.get("metric_key_prefix", "eval")
-        output = super().evaluation_loop(*args, **kwargs)
+        with self._window.paused(self.args.device):
+            output = super().evaluation_loop(*args, **kwargs)
         loss, weight, correct, count = self.accelerator.reduce(self._eval.tensor(self.args.device)).tolist()
         metrics = {f"{prefix}_loss": loss / weight, f"{prefix}_token_accuracy": correct / count}
         return output._replace(metrics=metrics)
@@ -96,6 +97,10 @@ class SftTrainer(Trainer):
             logs |= self._window.metrics(self.args.device, self.accelerator)
             self._window = _Window()
         super().log(logs, None)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._window.paused(self.args.device):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -162,8 +167,22 @@ class _Window(_Sums):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds = 0.0
+        self.started: float | None = None
         self.tokens: list[Tensor | int] = []
+
+    def start(self) -> None:
+        if self.started is None:
+            self.started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self, device: torch.device) -> Iterator[None]:
+        """What happens inside does not count."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        yield
+        if self.started is not None:
+            self.started += time.perf_counter() - began
 
     def add(self, sums: LossOutput, weight: Tensor, tokens: Tensor | int = 0) -> None:
         super().add(sums, weight)
@@ -172,9 +191,10 @@ class _Window(_Sums):
     def metrics(self, device: torch.device, accelerator: Any) -> dict[str, float]:
         tokens = torch.as_tensor(sum(self.tokens), device=device).double()
         values = accelerator.reduce(torch.cat([self.tensor(device), tokens[None]])).tolist()
+        seconds = time.perf_counter() - self.started if self.started else 0.0
         return {
             "token_accuracy": round(values[2] / max(values[3], 1), 5),
-            "tokens_per_second": round(values[4] / max(self.seconds, 1e-9), 1),
+            "tokens_per_second": round(values[4] / max(seconds, 1e-9), 1),
             "memory_gb": round(_peak_bytes(device) / 1e9, 3),
         }
 

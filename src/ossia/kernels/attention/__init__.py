@@ -5,10 +5,57 @@ attends to itself and all before, or to the last `window` positions, itself incl
 B·S, the flattened batch is documents from each bound to the next, none of which sees another or spans two sequences.
 Gradients go to q, k and v; sinks are frozen.
 
-`flash` runs on a GPU (Ampere or newer, bfloat16) in memory linear in S and compiles nothing; `reference` anywhere.
+`reference` runs anywhere. On a GPU (Ampere or newer, bfloat16), in memory linear in S, `fastest` takes for each call
+`window` for short windows (Triton), `cudnn` for whole sequences on Hopper or newer, once their shape has come often
+enough, and `flash` (FlashAttention 2) for everything else.
 """
 
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from ossia.kernels.attention.cudnn import attention as cudnn
 from ossia.kernels.attention.flash import attention as flash
 from ossia.kernels.attention.reference import attention as reference
 
-__all__ = ["flash", "reference"]
+__all__ = ["cudnn", "fastest", "flash", "reference"]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# cuDNN builds a plan for each new shape, which takes 0.15 s on an H100. It is worth that once FlashAttention has lost
+# as much on the shape: after some 64 layers of 4 × 4,096 tokens, or at once for one of 131,072.
+_WORTH_A_PLAN = 64 * 4 * 4096**2
+_spent: Counter[tuple[int, ...]] = Counter()
+
+
+def fastest(
+    q_BSND: Tensor,
+    k_BSMD: Tensor,
+    v_BSMD: Tensor,
+    sinks_N: Tensor,
+    scale: float,
+    window: int | None = None,
+    bounds: Tensor | None = None,
+    longest: int | None = None,
+) -> Tensor:
+    """[B, S, N, D] bfloat16, from bfloat16 tensors on a GPU; `longest` is that of `flash`."""
+    length = q_BSND.shape[1]
+    if window is not None and window < length and _HAS_TRITON:
+        from ossia.kernels.attention.window import attention as windowed
+
+        return windowed(q_BSND, k_BSMD, v_BSMD, sinks_N, scale, window, bounds)
+    if bounds is None and (window is None or window >= length) and _has_cudnn(q_BSND.device):
+        shape = (*q_BSND.shape, k_BSMD.shape[2])
+        _spent[shape] += q_BSND.shape[0] * length**2
+        if _spent[shape] > _WORTH_A_PLAN:
+            return cudnn(q_BSND, k_BSMD, v_BSMD, sinks_N, scale)
+    return flash(q_BSND, k_BSMD, v_BSMD, sinks_N, scale, window, bounds, longest)
+
+
+@functools.cache
+def _has_cudnn(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0) and torch.backends.cudnn.is_available()

@@ -17,12 +17,16 @@ def padded(rank: int) -> int:
 
 
 class Frozen(NamedTuple):
-    """Either MXFP4 `blocks` uint8 [E, O, I/32, 16] and `scales` uint8 [E, O, I/32], or floating `dense_EIO`."""
+    """Either MXFP4 `blocks` uint8 [E, O, I/32, 16] and `scales` uint8 [E, O, I/32], or floating `dense_EIO`.
+
+    `wide`, from `expand`, is the weight expanded for good: later calls write the adapter into it and expand nothing.
+    """
 
     bias_EO: Tensor
     blocks: Tensor | None = None
     scales: Tensor | None = None
     dense_EIO: Tensor | None = None
+    wide: Tensor | None = None
 
     def experts(self, start: int, end: int) -> Frozen:
         """Some of the experts, as views."""
@@ -42,12 +46,12 @@ class Frozen(NamedTuple):
         """
         experts, outputs = self.bias_EO.shape
         inputs, tail = self.inputs, 0 if a_EIr is None else padded(a_EIr.shape[2])
-        out = torch.empty(experts, outputs + tail, inputs + tail, dtype=dtype, device=self.bias_EO.device)
-        weight = out[:, :outputs, :inputs]
-        if self.blocks is not None and self.scales is not None:
-            dequantize(self.blocks, self.scales, dtype, weight)
+        rows, columns = outputs + tail, inputs + tail
+        if self.wide is not None and self.wide.dtype == dtype and self.wide.shape[1] >= rows:
+            out = self.wide[:, :rows, :columns]
         else:
-            weight.copy_(self.dense_EIO.transpose(1, 2))  # type: ignore[union-attr]
+            out = torch.empty(experts, rows, columns, dtype=dtype, device=self.bias_EO.device)
+            self._fill(out[:, :outputs, :inputs])
         if a_EIr is not None and b_ErO is not None:
             rank = a_EIr.shape[2]
             out[:, :, inputs:].zero_()
@@ -55,3 +59,10 @@ class Frozen(NamedTuple):
             out[:, outputs : outputs + rank, :inputs] = a_EIr.transpose(1, 2)
             out[:, outputs + rank :, :inputs].zero_()
         return out
+
+    def _fill(self, out_EOI: Tensor) -> None:
+        if self.blocks is not None and self.scales is not None:
+            dequantize(self.blocks, self.scales, out_EOI.dtype, out_EOI)
+        else:
+            assert self.dense_EIO is not None
+            out_EOI.copy_(self.dense_EIO.transpose(1, 2))

@@ -14,10 +14,10 @@ from torch import Tensor
 from ossia.kernels.expert_mlp.frozen import padded
 
 # Rows and columns of a tile, and how many warps share it: the fastest of some twenty tried on an H100.
-_GATHER = {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 3}
-_SWIGLU = {"ROWS": 64, "COLS": 64, "num_warps": 8, "num_stages": 2}
-_SWIGLU_BACKWARD = {"ROWS": 64, "COLS": 64, "num_warps": 8, "num_stages": 2}
-_OUTER = {"ROWS": 64, "COLS": 128, "num_warps": 4, "num_stages": 4}
+_GATHER = {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2}
+_SWIGLU = {"ROWS": 32, "COLS": 32, "num_warps": 8, "num_stages": 3}
+_SWIGLU_BACKWARD = {"ROWS": 64, "COLS": 32, "num_warps": 4, "num_stages": 3}
+_OUTER = {"ROWS": 64, "COLS": 128, "num_warps": 8, "num_stages": 3}
 
 
 def _dot_width(rank: int) -> int:

@@ -1,7 +1,7 @@
 """Rows of a table that rests in pinned host memory: `host_rows(table_VH, index)` is `table[index]` on index's device.
 
-A GPU reads just those rows across the bus, without waiting for the host (4,096 rows of 2,880 bfloat16 take 0.47 ms on an
-H100); without Triton the host gathers them. The table is frozen.
+A GPU reads just those rows across the bus, without waiting for the host (4,096 rows of 2,880 bfloat16 take 0.47 ms on
+an H100); without Triton the host gathers them. The table is frozen.
 """
 
 from __future__ import annotations

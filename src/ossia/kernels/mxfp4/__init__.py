@@ -13,7 +13,8 @@ even column, the high nibble the odd one. A code is sign, two exponent bits, one
   value to the nearest code, ties to the even mantissa; values above 6 * scale become 6 * scale. A block of zeros
   gets scale byte 0. `quantize(dequantize(*quantize(w)))` equals `quantize(w)` byte for byte.
 
-`triton` serves bfloat16 on a GPU: the same values, but that those below 2^-126 may become 0.
+`triton` serves bfloat16 on a GPU: the same values, but that those below 2^-126 may become 0. There blocks and scales
+may rest in pinned host memory, where `out` is on the GPU: it reads them across the bus.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def dequantize(
 ) -> Tensor:
     """Expand MXFP4 to `dtype`, by the fastest implementation for the device; see `reference.dequantize`."""
     regular = out is None or out.is_contiguous() or (out.ndim == 3 and out.stride(2) == 1)
-    if blocks.is_cuda and dtype == torch.bfloat16 and regular and _HAS_TRITON:
+    if (blocks if out is None else out).is_cuda and dtype == torch.bfloat16 and regular and _HAS_TRITON:
         from ossia.kernels.mxfp4 import triton
 
         return triton.dequantize(blocks, scales, out)

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_FORWARD = {"BT": 32, "BH": 64}
+# Of tokens and columns a tile, the fastest on an H100 of seven tried.
+_FORWARD = {"BT": 64, "BH": 128}
 _BACKWARD = {"BT": 32, "BH": 128, "num_warps": 4}
 
 
@@ -26,7 +27,7 @@ def _forward(
     K: tl.constexpr,
     EP: tl.constexpr,  # E and K, up to a power of two
     KP: tl.constexpr,
-    EXACT: tl.constexpr,  # x is bfloat16, so tensor cores lose nothing
+    EXACT: tl.constexpr,  # x is bfloat16: tensor cores lose nothing
     BT: tl.constexpr,
     BH: tl.constexpr,
 ):
@@ -117,8 +118,8 @@ class _Route(torch.autograd.Function):
                 K=top_k,
                 EP=padded,
                 KP=triton.next_power_of_2(top_k),
-                EXACT=hidden_TH.dtype == torch.bfloat16,
-                # 128 experts on 4 warps take 207 registers a thread, on 8 104.
+                # Triton's interpreter cannot multiply bfloat16.
+                EXACT=hidden_TH.is_cuda and hidden_TH.dtype == torch.bfloat16,
                 num_warps=4 if padded <= 64 else 8,
                 **_FORWARD,
             )

@@ -1,0 +1,166 @@
+"""Training speed and memory at gpt-oss-20b's size, beside its peers, in one run on one GPU.
+
+python benchmarks/train/run.py --model FOLDER --out FILE.json [--cases NAME …] [--peers tutorial unsloth]
+
+FOLDER is a checkpoint from checkpoint.py. Ossia's cases go through `ossia sft` on rows of exactly the length, every
+token with loss; peers run their own scripts here (Unsloth wherever this Python finds it). Rates are medians over steps
+after the first two; a case that fails stays in the table with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+HERE = Path(__file__).parent
+# batch, tokens of a row, steps, flags
+CASES: dict[str, tuple[int, int, int, list[str]]] = {
+    "4x1024 all recomputed": (4, 1024, 14, ["--gradient_checkpointing", "true", "--memory_budget", "17GB"]),
+    "4x4096 all recomputed": (4, 4096, 10, ["--gradient_checkpointing", "true", "--memory_budget", "20GB"]),
+    "4x4096 in 76 GB": (4, 4096, 10, ["--memory_budget", "76GB"]),
+    "1x2048 in 13.9 GB": (1, 2048, 8, ["--memory_budget", "13.9GB"]),
+    "1x131072 in 76 GB": (1, 131072, 3, ["--memory_budget", "76GB"]),
+}
+PEERS: dict[str, list[tuple[int, int]]] = {
+    "tutorial": [(4, 1024), (1, 4096)],
+    "unsloth": [(4, 1024), (4, 4096), (1, 2048)],
+}
+
+
+def rows(path: Path, tokens: int) -> None:
+    """One plain text of at least so many tokens; `ossia sft` cuts it into rows of --max_length."""
+    draw = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = (f" {''.join(draw.choices(letters, k=3))}" for _ in range(tokens))
+    path.write_text(json.dumps({"text": "".join(words)}) + "\n", encoding="utf-8")
+
+
+def host_peak(process: subprocess.Popen[str], peaks: list[int]) -> None:
+    """The largest resident memory of a process, in bytes, until it ends."""
+    watched = psutil.Process(process.pid)
+    while process.poll() is None:
+        try:
+            peaks.append(watched.memory_info().rss)
+        except psutil.NoSuchProcess:
+            return
+        time.sleep(0.05)
+
+
+def sft(model: str, name: str, folder: Path, env: dict[str, str]) -> dict[str, Any]:
+    """One case through the command."""
+    batch, length, steps, flags = CASES[name]
+    data, run = folder / f"{length}.jsonl", folder / name.replace(" ", "_")
+    if not data.exists():
+        rows(data, batch * length * (steps + 1))
+    command = [sys.executable, "-m", "ossia", "sft", "--model", model, "--dataset", str(data), "--max_length", length,
+               "--per_device_train_batch_size", batch, "--max_steps", steps, "--lora_rank", 8, "--logging_steps", 1,
+               "--save_strategy", "no", "--output_dir", run, "--add_version", "false"]  # fmt: skip
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [*map(str, command), *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
+    peaks: list[int] = [0]
+    watcher = threading.Thread(target=host_peak, args=(process, peaks))
+    watcher.start()
+    output = process.communicate()[0]
+    watcher.join()
+    result: dict[str, Any] = {"program": "ossia sft", "case": name, "batch": batch, "length": length, "flags": flags}
+    result |= {"host_peak_bytes": max(peaks), "process_seconds": round(time.perf_counter() - started, 1)}
+    result["said"] = [line for line in output.splitlines() if line.startswith(("plan", "kernels", "memory", "loaded"))]
+    if process.returncode:
+        return {**result, "failed": output[-1500:]}
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps_logged = [entry for line in lines if "loss" in (entry := json.loads(line))]
+    tokens = batch * length
+    seconds = [round(tokens / entry["tokens_per_second"], 4) for entry in steps_logged]
+    peak = int(max(entry["memory_gb"] for entry in steps_logged) * 1e9)
+    return {**result, **summary(seconds, tokens), "peak_bytes": peak}
+
+
+def summary(seconds: list[float], tokens: int) -> dict[str, Any]:
+    """Median rate and its spread over the steps after the first two."""
+    settled = seconds[2:] or seconds[-1:]
+    rates = [tokens / second for second in settled]
+    return {
+        "tokens_per_second": round(statistics.median(rates)),
+        "slowest": round(min(rates)),
+        "fastest": round(max(rates)),
+        "first_step_seconds": seconds[0],
+        "seconds": seconds,
+    }
+
+
+def peer(name: str, model: str, batch: int, length: int, folder: Path) -> dict[str, Any]:
+    """One case of a peer."""
+    script = {"tutorial": "tutorial.py", "unsloth": "unsloth_step.py"}[name]
+    where = [model] if name == "unsloth" else []
+    command = [sys.executable, str(HERE / script), *where, str(batch), str(length)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    result: dict[str, Any] = {"program": name, "case": f"{batch}x{length}", "batch": batch, "length": length}
+    if done.returncode:
+        return {**result, "failed": done.stderr[-1500:]}
+    values = json.loads(done.stdout.splitlines()[-1])
+    return {**result, **summary(values.pop("seconds"), values.pop("tokens")), **values}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--peers", nargs="*", default=[])
+    parser.add_argument("--bench", nargs="*", default=[], help="sizes measured by `ossia bench` at 1 × 4,096")
+    args = parser.parse_args()
+    results: list[dict[str, Any]] = []
+
+    def keep(result: dict[str, Any]) -> None:
+        results.append(result)
+        args.out.write_text(json.dumps({"environment": environment, "results": results}, indent=1), encoding="utf-8")
+        shown = {key: result.get(key) for key in ("tokens_per_second", "slowest", "fastest", "first_step_seconds")}
+        peak = f"{result['peak_bytes'] / 1e9:.2f} GB" if result.get("peak_bytes") else "failed"
+        print(result["program"], result["case"], shown, peak, result.get("said", ""), flush=True)
+        if "failed" in result:
+            print(result["failed"], flush=True)
+
+    from ossia.bench.run import commit
+    from ossia.model.load import pick_device
+    from ossia.train.run import environment as describe
+
+    environment = {**describe(pick_device("auto")), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        # The first case compiles every kernel anew; the others find them.
+        env = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton"), "OSSIA_CACHE": str(folder / "cache")}
+        for name in args.cases:
+            keep(sft(args.model, name, folder, env))
+        for name in args.peers:
+            for batch, length in PEERS[name]:
+                keep(peer(name, args.model, batch, length, folder))
+        for size in args.bench:
+            out = folder / f"{size}.json"
+            command = [sys.executable, "-m", "ossia", "bench", "--size", size, "--per_device_train_batch_size", "1",
+                       "--memory_budget", "74GB", "--max_steps", "6", "--result_path", str(out)]  # fmt: skip
+            done = subprocess.run(command, env=env, capture_output=True, text=True)
+            said = [line for line in done.stdout.splitlines() if line.startswith("plan")]
+            result = (
+                json.loads(out.read_text(encoding="utf-8")) if not done.returncode else {"failed": done.stderr[-1500:]}
+            )
+            keep(
+                {"program": "ossia bench", "case": f"{size} 1x4096", "batch": 1, "length": 4096, "said": said, **result}
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""`ossia bench`: the training loop of `ossia sft`, on random weights and random tokens."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ossia.compat import quiet_libraries
+from ossia.config import BenchConfig, SftConfig
+from ossia.console import say
+from ossia.errors import UsageError
+
+_WARM = 2  # steps that compile and settle
+
+
+def run(config: BenchConfig) -> dict[str, Any]:
+    """Measure, print, and write `result_path`; returns what is written.
+
+    Raises:
+        UsageError: no GPU for a true size.
+    """
+    if config.result_path and not Path(config.result_path).parent.is_dir():
+        raise UsageError(f"--result_path {config.result_path}: no such folder")
+    import torch
+
+    from ossia.adapters.inject import add_lora
+    from ossia.bench.model import config_of, random_model
+    from ossia.model.load import pick_device, pick_dtype
+    from ossia.train.recompute import apply_plan
+    from ossia.train.run import environment, expandable_memory, plan_for
+
+    expandable_memory()
+    quiet_libraries()
+    device = pick_device("auto")
+    if config.size != "tiny" and device.type == "cpu":
+        raise UsageError(f"--size {config.size} needs a CUDA GPU; --size tiny runs anywhere")
+    sft = SftConfig(
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        max_length=config.max_length,
+        lora_rank=config.lora_rank,
+        gradient_checkpointing=config.gradient_checkpointing,
+        memory_budget=config.memory_budget,
+        max_steps=config.max_steps,
+        save_strategy="no",
+    )
+    shape = config_of(config.size)
+    layers = list(range(shape.num_hidden_layers))
+    linear = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") for _ in layers]
+    targets, dtype = (linear, layers), pick_dtype("auto", device)
+    plan = plan_for(sft, shape.to_dict(), True, targets, config.max_length, device, dtype)
+    started = time.perf_counter()
+    model = add_lora(random_model(shape, device, plan.offload() if plan else (), dtype=dtype), rank=config.lora_rank)
+    say(f"random weights of gpt-oss-{config.size}: {time.perf_counter() - started:.1f} s")
+    if plan is not None:
+        apply_plan(model, plan)
+    seconds = _train(sft, model, shape.vocab_size, device, dtype)
+    tokens = config.per_device_train_batch_size * config.max_length
+    rates = [tokens / second for second in seconds[_WARM:]]
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    result = {
+        **{key: value for key, value in config.to_dict().items() if key != "result_path"},
+        "tokens_per_second": round(statistics.median(rates)),
+        "slowest": round(min(rates)),
+        "fastest": round(max(rates)),
+        "first_step_seconds": round(seconds[0], 2),
+        "peak_bytes": peak,
+        "planned_bytes": plan.peak if plan else None,
+        "loss_chunk": plan.loss_chunk if plan else None,
+        "environment": environment(device),
+        "commit": commit(),
+    }
+    batch = f"{config.per_device_train_batch_size} × {config.max_length:,}"
+    say(
+        f"{batch} tokens: {result['tokens_per_second']:,} tokens/s ({result['slowest']:,} to "
+        f"{result['fastest']:,}), first step {seconds[0]:.1f} s"
+        + (f", {peak / 1e9:.1f} GB at the peak" if peak else "")
+    )
+    if config.result_path:
+        Path(config.result_path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _train(config: SftConfig, model: Any, vocabulary: int, device: Any, dtype: Any) -> list[float]:
+    """Seconds of each step."""
+    import numpy as np
+    import torch
+    from transformers import PrinterCallback, TrainerCallback
+
+    from ossia.data.collate import Collator
+    from ossia.data.store import TokenRow
+    from ossia.train.run import training_arguments
+    from ossia.train.trainer import SftTrainer
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.began = _now(device)
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.seconds.append(_now(device) - self.began)
+            say(f"step {len(self.seconds)}/{config.max_steps}  {self.seconds[-1]:.3f} s")
+
+    draw = np.random.default_rng(0)
+    count = config.max_steps * config.per_device_train_batch_size
+    ids = draw.integers(0, vocabulary, (count, config.max_length), dtype=np.int32)
+    rows = [TokenRow(row, row, np.ones(config.max_length, np.float32)) for row in ids]
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        config.output_dir = folder
+        args = training_arguments(config, False, dtype == torch.bfloat16, device.type == "cpu")
+        args.gradient_checkpointing = args.gradient_checkpointing and device.type == "cpu"
+        args.logging_strategy = "no"
+        trainer = SftTrainer(
+            model,
+            base_model="",
+            args=args,
+            train_dataset=rows,
+            data_collator=Collator(0),
+            tokenizer=None,
+            callbacks=[clock],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return clock.seconds
+
+
+def _now(device: Any) -> float:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def commit() -> str | None:
+    """Of a checkout of Ossia; None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
