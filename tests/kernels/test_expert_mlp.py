@@ -41,15 +41,20 @@ class Case:
             bias = randn(experts, outputs).to(DEVICE, DTYPE)
             dense = dequantize(blocks, scales, DTYPE).transpose(1, 2)
             self.frozen.append(
-                Frozen(bias, blocks, scales) if quantized else Frozen(bias, dense_EIO=dense.contiguous())
+                Frozen(bias, inputs, blocks, scales)
+                if quantized
+                else Frozen(bias, inputs, dense_EIO=dense.contiguous())
             )
             self.pairs.append(
-                ((randn(experts, inputs, rank) * inputs**-0.5).to(DEVICE), randn(experts, rank, outputs).to(DEVICE))
+                (
+                    (randn(experts, inputs, rank) * inputs**-0.5).to(DEVICE),
+                    (randn(experts, rank, outputs) * max(rank, 1) ** -0.5).to(DEVICE),
+                )
             )
-        self.probe = randn(tokens, hidden).to(DEVICE)
+        self.residual, self.probe = randn(tokens, hidden).to(DEVICE, DTYPE), randn(tokens, hidden).to(DEVICE)
 
     def run(self, kind):
-        """Output and gradients to hidden, weights, A1, B1, A2, B2, in float64."""
+        """Output and gradients to hidden, weights, residual, A1, B1, A2, B2, in float64."""
         dtype = {"fused": DTYPE, "reference": DTYPE, "exact": torch.float64}[kind.partition(" ")[0]]
         hidden = self.hidden.to(dtype, copy=True).requires_grad_()
         weight = self.weight.to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()
@@ -57,27 +62,35 @@ class Case:
             [x.to(dtype if kind == "exact" else torch.float32, copy=True).requires_grad_() for x in p]
             for p in self.pairs
         ]
-        common = (self.index, weight, *(self._frozen(f, dtype) for f in self.frozen), ALPHA, LIMIT)
+        frozen = [self._frozen(f, dtype) for f in self.frozen]
+        if "held" in kind:
+            with torch.no_grad():
+                frozen = [
+                    f._replace(wide=f.expand(dtype, *(x.detach() for x in p)), blocks=None, scales=None, dense_EIO=None)
+                    for f, p in zip(frozen, pairs, strict=True)
+                ]
+        residual = self.residual.to(dtype, copy=True).requires_grad_()
+        common = (self.index, weight, *frozen, ALPHA, LIMIT)
         if kind.startswith("fused"):
             adapters = [Adapter(*p) if self.rank else None for p in pairs]
             memory = Memory(keep="again" not in kind, experts=2 if "part" in kind else 0)
-            out = fused(hidden, *common, *adapters, SCALE, memory)
+            out = fused(hidden, *common, *adapters, SCALE, memory, residual)
             values = out.detach().double()
             if "twin" in kind:
                 with recomputing():
-                    out = fused(hidden, *common, *adapters, SCALE, memory)
+                    out = fused(hidden, *common, *adapters, SCALE, memory, residual)
         else:
-            out = self._slow(hidden, *common, pairs)
+            out = residual + self._slow(hidden, *common, pairs)
             values = out.detach().double()
         (out.double() * self.probe.double()).sum().backward()
-        wanted = [hidden, weight, *(x for p in pairs for x in p if self.rank)]
+        wanted = [hidden, weight, residual, *(x for p in pairs for x in p if self.rank)]
         return [values, *(x.grad.double() for x in wanted)]
 
     def _frozen(self, frozen, dtype):
         return (
             frozen
             if dtype == DTYPE
-            else Frozen(*(x if x is None or x.dtype == torch.uint8 else x.to(dtype) for x in frozen))
+            else Frozen(*(x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype != torch.uint8 else x for x in frozen))
         )
 
     def _slow(self, hidden, index, weight, up, down, alpha, limit, pairs):
@@ -115,11 +128,29 @@ CASES = {
 }
 
 
+def test_adapters_are_written_into_expanded_weights():
+    from ossia.kernels.expert_mlp import frozen, triton
+
+    for name in ("odd", "rank 8", "wide rank"):
+        case = CASES[name]
+        for weight, (a, b) in zip(case.frozen, case.pairs, strict=True):
+            tail = frozen.padded(case.rank)
+            shape = (len(a), b.shape[2] + tail, a.shape[1] + tail)
+            got, want = (torch.full(shape, float("nan"), dtype=DTYPE, device=DEVICE) for _ in range(2))
+            triton.write_adapter(got, a, b)
+            want[:, :, a.shape[1] :] = 0
+            want[:, b.shape[2] :, : a.shape[1]] = 0
+            want[:, : b.shape[2], a.shape[1] : a.shape[1] + case.rank] = b.transpose(1, 2).to(DTYPE)
+            want[:, b.shape[2] : b.shape[2] + case.rank, : a.shape[1]] = a.transpose(1, 2).to(DTYPE)
+            assert torch.equal(got.nan_to_num(7), want.nan_to_num(7))
+            assert weight.expand(DTYPE, a, b).isfinite().all()
+
+
 def error(got, want):
     return ((got - want).norm() / want.norm().clamp_min(1e-9)).item()
 
 
-@pytest.mark.parametrize("kind", ["fused", "fused again", "fused part", "fused again part", "fused twin"])
+@pytest.mark.parametrize("kind", ["fused", "fused again", "fused part", "fused again part", "fused twin", "fused held"])
 @pytest.mark.parametrize("name", CASES)
 def test_output_and_gradients_against_float64(name, kind):
     case = CASES[name]
@@ -154,7 +185,7 @@ def test_reference_against_float64(name):
         LIMIT,
         *([delta(p) for p in case.pairs] if case.rank else []),
     )
-    assert error(out.double(), case.run("exact")[0]) < (2e-5 if DEVICE == "cpu" else 2e-2)
+    assert error(out.double(), case.run("exact")[0] - case.residual.double()) < (2e-5 if DEVICE == "cpu" else 2e-2)
 
 
 def test_backward_runs_once():

@@ -54,18 +54,21 @@ class ExpertsLora(nn.Module, LoraLayer):
             )
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    def forward(
+        self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, residual_TH: Tensor | None = None
+    ) -> Tensor:
         """As `Experts.forward`, with the active adapters."""
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.r]
         if not active:
-            return self.base_layer(hidden_TH, index_TK, weight_TK)
+            return self.base_layer(hidden_TH, index_TK, weight_TK, residual_TH)
         if fuses(hidden_TH) and len(active) == 1 and not self._drops(active[0]):
             from ossia.kernels.expert_mlp.fused import Adapter
 
             sides = [[getattr(self, f"lora_{side}_{name}")[active[0]] for side in "AB"] for name in PROJECTIONS]
             pair = (Adapter(*sides[0]), Adapter(*sides[1]))
-            return self.base_layer(hidden_TH, index_TK, weight_TK, adapters=pair, scale=self.scaling[active[0]])
-        return self.base_layer(hidden_TH, index_TK, weight_TK, self._delta)
+            scale = self.scaling[active[0]]
+            return self.base_layer(hidden_TH, index_TK, weight_TK, residual_TH, adapters=pair, scale=scale)
+        return self.base_layer(hidden_TH, index_TK, weight_TK, residual_TH, self._delta)
 
     def _drops(self, adapter: str) -> bool:
         return self.training and cast(nn.Dropout, self.lora_dropout[adapter]).p > 0

@@ -7,7 +7,7 @@ from typing import Any, cast
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from ossia.kernels.lora_linear import lora_linear
+from ossia.kernels.lora_linear import Layer, lora_linears
 from ossia.model.experts import fuses
 
 
@@ -16,17 +16,18 @@ class LinearLora(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
+        layer = None if args or kwargs else self.fusable(x)
+        return super().forward(x, *args, **kwargs) if layer is None else lora_linears(x, [layer])[0]
+
+    def fusable(self, x: Tensor) -> Layer | None:
+        """What the fused product of x takes; None where PEFT's way is the only one."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        plain = fuses(x) and len(active) == 1 and not (args or kwargs or self.disable_adapters or self.merged)
-        if not plain or not self._is_plain(active[0]):
-            return super().forward(x, *args, **kwargs)
+        if not fuses(x) or len(active) != 1 or self.disable_adapters or self.merged:
+            return None
         name = active[0]
-        base, a, b = cast(nn.Linear, self.get_base_layer()), self._weight("A", name), self._weight("B", name)
-        return lora_linear(x, base.weight, base.bias, a, b, self.scaling[name])
-
-    def _weight(self, side: str, adapter: str) -> Tensor:
-        return getattr(self, f"lora_{side}")[adapter].weight
-
-    def _is_plain(self, adapter: str) -> bool:
-        drops = self.training and getattr(self.lora_dropout[adapter], "p", 0) > 0
-        return not drops and adapter not in self.lora_variant and self.lora_B[adapter].bias is None
+        drops = self.training and getattr(self.lora_dropout[name], "p", 0) > 0
+        a, b = (cast(nn.Linear, side[name]) for side in (self.lora_A, self.lora_B))
+        if drops or name in self.lora_variant or b.bias is not None:
+            return None
+        base = cast(nn.Linear, self.get_base_layer())
+        return Layer(base.weight, base.bias, a.weight, b.weight, self.scaling[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 )
 
 from ossia.kernels import attention
+from ossia.kernels.lora_linear import lora_linears
 from ossia.kernels.rope import rope
 
 # transformers takes any name with "flash" in it for a kernel of its own.
@@ -31,18 +33,21 @@ def flash_attention_forward(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    whole_by_cudnn: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """[B, N, S, D] tensors to [B, S, N, D]. A mask (padding on the left, a cache) takes transformers' eager path.
 
-    `cu_seq_lens_q` and `max_length_q` are the documents of packed sequences, as transformers names them.
+    `cu_seq_lens_q` and `max_length_q` are the documents of packed sequences, as transformers names them;
+    `whole_by_cudnn` is the model's choice for the batch.
     """
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         kwargs.pop("s_aux", None)
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs)
     q, k, v = (x.transpose(1, 2).to(torch.bfloat16) for x in (query, key, value))
     sinks: Tensor = module.sinks  # type: ignore[assignment]
-    return attention.fastest(q, k, v, sinks, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+    documents = (cu_seq_lens_q, max_length_q)
+    return attention.fastest(q, k, v, sinks, scaling, sliding_window, *documents, whole_by_cudnn), None
 
 
 class Attention(GptOssAttention):
@@ -58,9 +63,10 @@ class Attention(GptOssAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """[B, S, H] → [B, S, H] and, where the implementation gives them, the shares."""
         shape_BSND = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = rope(self.q_proj(hidden_states).view(shape_BSND), *position_embeddings).transpose(1, 2)
-        key = rope(self.k_proj(hidden_states).view(shape_BSND), *position_embeddings).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape_BSND).transpose(1, 2)
+        projected = _together(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (x.view(shape_BSND) for x in projected)
+        query, key = (rope(x, *position_embeddings).transpose(1, 2) for x in (query, key))
+        value = value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -77,6 +83,13 @@ class Attention(GptOssAttention):
             **kwargs,
         )
         return self.o_proj(out_BSND.reshape(*hidden_states.shape[:-1], -1)), shares
+
+
+def _together(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """Each layer's output; in one step where all have adapters that fuse (`ossia.adapters.linear`)."""
+    parts = [getattr(layer, "fusable", lambda x: None)(x) for layer in layers]
+    fused = [part for part in parts if part is not None]
+    return lora_linears(x, fused) if len(fused) == len(layers) else [layer(x) for layer in layers]
 
 
 class RotaryEmbedding(GptOssRotaryEmbedding):

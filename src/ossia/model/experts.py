@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ossia.kernels import expert_mlp
 from ossia.kernels.expert_mlp import Frozen, Memory
-from ossia.kernels.mxfp4 import dequantize
 from ossia.model.names import PROJECTIONS, Projection
 
 if TYPE_CHECKING:
@@ -62,29 +61,34 @@ class Experts(nn.Module):
         self._wide: dict[str, Tensor] = {}
 
     def hold_expanded(self, tail: int) -> None:
-        """Expand the weights for good, bfloat16, with room for an adapter of rank `tail`: spends memory on time."""
+        """Expand the weights for good, bfloat16, with room for an adapter of rank `tail`, in place of their blocks:
+        spends memory on time."""
         for name in PROJECTIONS:
             frozen = self._frozen(name)
             empty_Er = frozen.bias_EO.new_zeros(self.num_experts, 1, tail)
             a_EIr = empty_Er.expand(-1, frozen.inputs, -1) if tail else None
             b_ErO = empty_Er.transpose(1, 2).expand(-1, -1, frozen.bias_EO.shape[1]) if tail else None
             self._wide[name] = frozen.expand(torch.bfloat16, a_EIr, b_ErO)
+            for half in ("blocks", "scales") if self.quantized else ():
+                del self._buffers[f"{name}_{half}"]
 
     def forward(
         self,
         hidden_TH: Tensor,
         index_TK: Tensor,
         weight_TK: Tensor,
+        residual_TH: Tensor | None = None,
         delta: Delta | None = None,
         adapters: tuple[Adapter, Adapter] | None = None,
         scale: float = 1.0,
     ) -> Tensor:
-        """Sum of each token's experts, weighted: [T, H] in hidden's dtype.
+        """Sum of each token's experts, weighted, and of `residual`: [T, H] in hidden's dtype.
 
         Args:
             hidden_TH: tokens.
             index_TK: int64 experts of each token.
             weight_TK: their weights, float32.
+            residual_TH: what the sum is added to.
             delta: what adapters add to each projection, on the general path.
             adapters: one adapter of both projections, on the fused path, where `fuses` says so.
             scale: of `adapters`.
@@ -95,19 +99,18 @@ class Experts(nn.Module):
             from ossia.kernels.expert_mlp.fused import expert_mlp as fused
 
             first, second = adapters or (None, None)
-            return fused(*common, first, second, scale, self.memory)
-        if delta is None:
-            return expert_mlp.reference(*common)
-        return expert_mlp.reference(
-            *common, functools.partial(delta, "gate_up_proj"), functools.partial(delta, "down_proj")
-        )
+            return fused(*common, first, second, scale, self.memory, residual_TH)
+        deltas = [None if delta is None else functools.partial(delta, name) for name in PROJECTIONS]
+        out_TH = expert_mlp.reference(*common, deltas[0], deltas[1])
+        return out_TH if residual_TH is None else residual_TH + out_TH
 
     def _frozen(self, name: Projection) -> Frozen:
-        bias_EO = self.get_parameter(f"{name}_bias")
+        bias_EO, (inputs, _) = self.get_parameter(f"{name}_bias"), self.sizes[name]
+        if name in self._wide:
+            return Frozen(bias_EO, inputs, wide=self._wide[name])
         if self.quantized:
-            halves = (self.get_buffer(f"{name}_blocks"), self.get_buffer(f"{name}_scales"))
-            return Frozen(bias_EO, *halves, wide=self._wide.get(name))
-        return Frozen(bias_EO, dense_EIO=self.get_parameter(name), wide=self._wide.get(name))
+            return Frozen(bias_EO, inputs, self.get_buffer(f"{name}_blocks"), self.get_buffer(f"{name}_scales"))
+        return Frozen(bias_EO, inputs, dense_EIO=self.get_parameter(name))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Experts:
         """What rests in pinned memory stays there when the model moves."""
@@ -116,11 +119,7 @@ class Experts(nn.Module):
 
     def dense(self, name: Projection, dtype: torch.dtype) -> Tensor:
         """A projection's weight in floating point, [E, in, out]."""
-        if self.quantized:
-            return dequantize(self.get_buffer(f"{name}_blocks"), self.get_buffer(f"{name}_scales"), dtype).transpose(
-                1, 2
-            )
-        return self.get_parameter(name).to(dtype)
+        return self._frozen(name).expand(dtype, None, None).transpose(1, 2)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask as crea
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssRMSNorm
 from transformers.utils import ModelOutput
 
+from ossia.kernels.attention import worth_cudnn
 from ossia.kernels.host_rows import host_rows
 from ossia.kernels.linear_cross_entropy import linear_cross_entropy
 from ossia.kernels.rms_norm import add_rms_norm, rms_norm
@@ -55,11 +56,12 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config, quantized)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, S, H] → [B, S, H] and the experts' weights [B·S, K]."""
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B, S, H] → [B, S, H], with `residual` added where given, and the experts' weights [B·S, K]."""
         flat_TH = hidden.reshape(-1, hidden.shape[-1])
         index_TK, weight_TK = self.router(flat_TH)
-        return self.experts(flat_TH, index_TK, weight_TK).view_as(hidden), weight_TK
+        added = residual if residual is None else residual.reshape(flat_TH.shape)
+        return self.experts(flat_TH, index_TK, weight_TK, added).view_as(hidden), weight_TK
 
 
 class RmsNorm(GptOssRMSNorm):
@@ -100,7 +102,7 @@ class DecoderLayer(GptOssDecoderLayer):
         attended, _ = self.self_attn(hidden_states=normal, attention_mask=attention_mask, **kwargs)
         norm = self.post_attention_layernorm
         total, normal = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
-        return total + self.mlp(normal)[0]
+        return self.mlp(normal, total)[0]
 
 
 class OssiaGptOssForCausalLM(GptOssForCausalLM):
@@ -136,6 +138,9 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
         if trains and self.config._attn_implementation == attention.NAME:
             # Causal attention never looks right, so padding there needs no mask.
             kwargs["attention_mask"] = dict.fromkeys(_MASKS)
+            if input_ids is not None and kwargs.get("cu_seq_lens_q") is None:
+                batch, length = input_ids.shape
+                kwargs["whole_by_cudnn"] = worth_cudnn(batch, length, input_ids.device)
         else:
             kwargs |= self._masks(input_ids, **kwargs)
         if loss_weights is None or labels is None:

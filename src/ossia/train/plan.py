@@ -155,7 +155,7 @@ class Plan:
             s.table * (1 if self.embedding_on_host else 2)
             + s.layers * s.layer_rest
             + (s.layers - self.host_layers) * s.expert_weights
-            + self.held_layers * sum(s.expanded(0))
+            + self.held_layers * (sum(s.expanded(0)) - s.expert_weights)
         )
 
     @property

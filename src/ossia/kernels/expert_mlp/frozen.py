@@ -17,12 +17,11 @@ def padded(rank: int) -> int:
 
 
 class Frozen(NamedTuple):
-    """Either MXFP4 `blocks` uint8 [E, O, I/32, 16] and `scales` uint8 [E, O, I/32], or floating `dense_EIO`.
-
-    `wide`, from `expand`, is the weight expanded for good: later calls write the adapter into it and expand nothing.
-    """
+    """MXFP4 `blocks` uint8 [E, O, I/32, 16] and `scales` uint8 [E, O, I/32], or floating `dense_EIO`, or `wide`: what
+    `expand` made, kept for good, into which later calls write the adapter."""
 
     bias_EO: Tensor
+    inputs: int
     blocks: Tensor | None = None
     scales: Tensor | None = None
     dense_EIO: Tensor | None = None
@@ -30,12 +29,8 @@ class Frozen(NamedTuple):
 
     def experts(self, start: int, end: int) -> Frozen:
         """Some of the experts, as views."""
-        return Frozen(*(None if tensor is None else tensor[start:end] for tensor in self))  # type: ignore[arg-type]
-
-    @property
-    def inputs(self) -> int:
-        """I."""
-        return self.scales.shape[2] * 32 if self.scales is not None else self.dense_EIO.shape[1]  # type: ignore[union-attr]
+        some = (None if tensor is None else tensor[start:end] for tensor in self[2:])
+        return Frozen(self.bias_EO[start:end], self.inputs, *some)
 
     def expand(self, dtype: torch.dtype, a_EIr: Tensor | None, b_ErO: Tensor | None) -> Tensor:
         """[E, O + R, I + R], R being r rounded up to 16: the weight, transposed, with B in the last columns and A in
@@ -45,24 +40,36 @@ class Frozen(NamedTuple):
         the tail `scale · g Bᵀ` times it are g through W and the adapter.
         """
         experts, outputs = self.bias_EO.shape
-        inputs, tail = self.inputs, 0 if a_EIr is None else padded(a_EIr.shape[2])
-        rows, columns = outputs + tail, inputs + tail
+        tail = 0 if a_EIr is None else padded(a_EIr.shape[2])
+        rows, columns = outputs + tail, self.inputs + tail
         if self.wide is not None and self.wide.dtype == dtype and self.wide.shape[1] >= rows:
             out = self.wide[:, :rows, :columns]
         else:
             out = torch.empty(experts, rows, columns, dtype=dtype, device=self.bias_EO.device)
-            self._fill(out[:, :outputs, :inputs])
+            self._fill(out[:, :outputs, : self.inputs])
         if a_EIr is not None and b_ErO is not None:
-            rank = a_EIr.shape[2]
-            out[:, :, inputs:].zero_()
-            out[:, :outputs, inputs : inputs + rank] = b_ErO.transpose(1, 2)
-            out[:, outputs : outputs + rank, :inputs] = a_EIr.transpose(1, 2)
-            out[:, outputs + rank :, :inputs].zero_()
+            write_adapter(out, a_EIr, b_ErO)
         return out
 
     def _fill(self, out_EOI: Tensor) -> None:
         if self.blocks is not None and self.scales is not None:
             dequantize(self.blocks, self.scales, out_EOI.dtype, out_EOI)
-        else:
-            assert self.dense_EIO is not None
+        elif self.dense_EIO is not None:
             out_EOI.copy_(self.dense_EIO.transpose(1, 2))
+        else:
+            assert self.wide is not None
+            out_EOI.copy_(self.wide[:, : out_EOI.shape[1], : out_EOI.shape[2]])
+
+
+def write_adapter(wide_EXY: Tensor, a_EIr: Tensor, b_ErO: Tensor) -> None:
+    """Fill the last rows and columns of [E, O + R, I + R] with Aᵀ, Bᵀ and zeros."""
+    if wide_EXY.is_cuda:
+        from ossia.kernels.expert_mlp.triton import write_adapter as written
+
+        written(wide_EXY, a_EIr, b_ErO)
+        return
+    (_, inputs, rank), outputs = a_EIr.shape, b_ErO.shape[2]
+    wide_EXY[:, :, inputs:].zero_()
+    wide_EXY[:, :outputs, inputs : inputs + rank] = b_ErO.transpose(1, 2)
+    wide_EXY[:, outputs : outputs + rank, :inputs] = a_EIr.transpose(1, 2)
+    wide_EXY[:, outputs + rank :, :inputs].zero_()

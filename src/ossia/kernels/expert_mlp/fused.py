@@ -41,18 +41,22 @@ def expert_mlp(
     down_adapter: Adapter | None = None,
     scale: float = 1.0,
     memory: Memory | None = None,
+    residual_TH: Tensor | None = None,
 ) -> Tensor:
-    """[T, H] in hidden's dtype; its backward can run once, since it reuses what forward kept.
+    """[T, H] in hidden's dtype, with `residual` added where given.
+
+    Its backward can run once, since it reuses what forward kept.
 
     Args:
         hidden_TH: contiguous, bfloat16 (float32 under Triton's interpreter).
         index_TK: int64, contiguous.
         weight_TK: float32, contiguous.
         gate_up_adapter, down_adapter: both or neither.
+        residual_TH: contiguous.
     """
     adapters = (*(gate_up_adapter or (None, None)), *(down_adapter or (None, None)))
     options = (gate_up, down, alpha, limit, scale, memory or Memory())
-    return _ExpertMlp.apply(hidden_TH, weight_TK, *adapters, index_TK, *options)
+    return _ExpertMlp.apply(hidden_TH, weight_TK, residual_TH, *adapters, index_TK, *options)
 
 
 def _forward(rows: Tensor, weight: Frozen, adapter: _Pair, order: Order, memory: Memory, tail: int = 0) -> Tensor:
@@ -98,6 +102,7 @@ class _ExpertMlp(torch.autograd.Function):
         ctx: Any,
         hidden_TH: Tensor,
         weight_TK: Tensor,
+        residual_TH: Tensor | None,
         a1: Tensor | None,
         b1: Tensor | None,
         a2: Tensor | None,
@@ -127,7 +132,7 @@ class _ExpertMlp(torch.autograd.Function):
         del gate_up_SX, kept
         out_SH = _forward(act_SX, down, (a2, b2), order, memory)
         del act_SX
-        return combine(out_SH, order.position_TK, weight_TK, index_TK, down.bias_EO)
+        return combine(out_SH, order.position_TK, weight_TK, index_TK, down.bias_EO, residual_TH)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,7 +160,7 @@ class _ExpertMlp(torch.autograd.Function):
         d_weight_TK = (dots_S + bias_S)[position_TK] if ctx.needs_input_grad[1] else None
 
         d_adapters: list[Tensor | None] = [None] * 4
-        if a1 is not None and ctx.needs_input_grad[2]:
+        if a1 is not None and ctx.needs_input_grad[3]:
             rows = (order_S, top_k)
             d_a1, d_b1, d_a2, d_b2 = (torch.empty_like(x, dtype=torch.float32) for x in (a1, b1, a2, b2))
             outer(thin_d, hidden_TH, offsets_E, d_a1, *rows)
@@ -168,4 +173,5 @@ class _ExpertMlp(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_rows_SH = _backward(gate_up_SX, gate_up, (a1, b1), order, memory)
             d_hidden = combine(d_rows_SH, position_TK)
-        return (d_hidden, d_weight_TK, *d_adapters, *(None,) * 7)
+        d_residual = grads[0] if ctx.needs_input_grad[2] else None
+        return (d_hidden, d_weight_TK, d_residual, *d_adapters, *(None,) * 7)

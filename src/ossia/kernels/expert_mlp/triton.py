@@ -55,6 +55,36 @@ def _store_tail(acc, scale, rows, inside, out, out_stride, columns, thin, RANK: 
 
 
 @triton.jit
+def _adapter_kernel(
+    wide, a, b, wide_e, wide_x, a_e, a_i, a_r, b_e, b_r, b_o,
+    I: tl.constexpr, O: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1).to(tl.int64)
+    r = tl.arange(0, R)
+    at = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    to = wide + expert * wide_e
+    value = tl.load(
+        b + expert * b_e + at[:, None] * b_o + r[None, :] * b_r, mask=(at < O)[:, None] & (r < RANK)[None, :], other=0.0
+    )
+    tl.store(to + at[:, None].to(tl.int64) * wide_x + I + r[None, :], value, mask=(at < O + R)[:, None])
+    value = tl.load(
+        a + expert * a_e + at[None, :] * a_i + r[:, None] * a_r, mask=(at < I)[None, :] & (r < RANK)[:, None], other=0.0
+    )
+    tl.store(to + (O + r[:, None]).to(tl.int64) * wide_x + at[None, :], value, mask=(at < I)[None, :])
+
+
+def write_adapter(wide_EXY: Tensor, a_EIr: Tensor, b_ErO: Tensor) -> None:
+    """As `frozen.write_adapter`, in one launch; any strides."""
+    (experts, inputs, rank), outputs = a_EIr.shape, b_ErO.shape[2]
+    tail = wide_EXY.shape[1] - outputs
+    grid = (triton.cdiv(max(inputs, outputs + tail), 128), experts)
+    _adapter_kernel[grid](
+        wide_EXY, a_EIr, b_ErO, *wide_EXY.stride()[:2], *a_EIr.stride(), *b_ErO.stride(),
+        I=inputs, O=outputs, RANK=rank, R=tail, COLS=128, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
 def _gather_kernel(
     x, order, offsets, matrix, matrix_e, matrix_i, matrix_r, vector, out, thin, dots, scale, out_stride,
     I: tl.constexpr, K: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
@@ -290,8 +320,8 @@ def swiglu_backward_(
 
 @triton.jit
 def _combine_kernel(
-    rows, position, weight, index, bias, out,
-    H: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr, COLS: tl.constexpr,
+    rows, position, weight, index, bias, residual, out,
+    H: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr, ADDED: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -305,6 +335,8 @@ def _combine_kernel(
             value += tl.load(bias + expert * H + h, mask=mask, other=0.0).to(tl.float32)
             value *= tl.load(weight + token * K + k)
         total += value
+    if ADDED:
+        total += tl.load(residual + token * H + h, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + token * H + h, total, mask=mask)
 
 
@@ -314,13 +346,15 @@ def combine(
     weight_TK: Tensor | None = None,
     index_TK: Tensor | None = None,
     bias_EH: Tensor | None = None,
+    residual_TH: Tensor | None = None,
 ) -> Tensor:
-    """[T, H]: the sum of each token's rows, or of `weight * (row + bias[e])`; summed in float32.
+    """[T, H]: the sum of each token's rows, or of `weight * (row + bias[e])`, and of `residual`; summed in float32.
 
     Args:
         rows_SH: contiguous.
         position_TK: int64 row of each token's k-th expert.
         weight_TK: float32; with it int64 `index_TK` and `bias_EH`, all contiguous.
+        residual_TH: contiguous.
     """
     tokens, top_k = position_TK.shape
     width = rows_SH.shape[1]
@@ -328,8 +362,8 @@ def combine(
     columns = min(1024, triton.next_power_of_2(width))
     _combine_kernel[(tokens, triton.cdiv(width, columns))](
         rows_SH, position_TK, rows_SH if weight_TK is None else weight_TK, rows_SH if index_TK is None else index_TK,
-        rows_SH if bias_EH is None else bias_EH, out,
-        H=width, K=top_k, WEIGHTED=weight_TK is not None, COLS=columns, num_warps=4,
+        rows_SH if bias_EH is None else bias_EH, rows_SH if residual_TH is None else residual_TH, out,
+        H=width, K=top_k, WEIGHTED=weight_TK is not None, ADDED=residual_TH is not None, COLS=columns, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -1,11 +1,12 @@
-"""A frozen linear layer with a low-rank adapter: `x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`.
+"""Frozen linear layers of one input, each with a low-rank adapter: `x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`.
 
-`lora_linear(x, weight_OI, bias_O, a_rI, b_Or, scale)`, gradients to x, A and B. The sum rides in the epilogue of the
-second thin product, forward and backward, so no pass over the outputs is spent on it; A and B are rounded to x's dtype
-for the products and get their gradients in float32. `reference` is plain PyTorch; both run anywhere.
+`lora_linears(x, layers)` gives one output a layer; gradients go to x and to every A and B. The adapters' sums ride in
+the epilogues of their second thin products, forward and backward, and the layers' gradients of x in those of one
+another, so no pass over outputs is spent on either. A and B are rounded to x's dtype for the products and get their
+gradients in float32. `reference` is one layer in plain PyTorch; both run anywhere.
 """
 
-from ossia.kernels.lora_linear.fused import lora_linear
+from ossia.kernels.lora_linear.fused import Layer, lora_linears
 from ossia.kernels.lora_linear.reference import lora_linear as reference
 
-__all__ = ["lora_linear", "reference"]
+__all__ = ["Layer", "lora_linears", "reference"]

@@ -1,0 +1,76 @@
+"""The fused training path against the general one in float32, by every plan: on a CPU through Triton's interpreter.
+
+The general path is compared with transformers and stock PEFT elsewhere (test_model.py, test_adapters.py).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ossia.adapters import experts as adapter_experts
+from ossia.adapters import linear
+from ossia.adapters.inject import add_lora
+from ossia.kernels.expert_mlp import frozen
+from ossia.model import experts
+from ossia.model import gpt_oss as model_gpt_oss
+from ossia.model.load import load_model
+from ossia.train.plan import Plan, Sizes
+from ossia.train.recompute import apply_plan
+
+pytest.importorskip("triton")
+PLANS = {
+    "none": {},
+    "experts": {"recompute": "experts"},
+    "layer": {"recompute": "layer"},
+    "parts": {"experts_at_once": 3, "loss_chunk": 7},
+    "layer in parts": {"recompute": "layer", "experts_at_once": 1},
+}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Everything that a GPU would run in Triton runs there, on CPU tensors."""
+    if torch.cuda.is_available():
+        pytest.skip("test_fused_gpu.py runs the real thing")
+    from ossia.kernels.expert_mlp import triton as expert_kernels
+    from ossia.kernels.rms_norm import triton as norm_kernels
+    from ossia.kernels.rope import triton as rope_kernels
+    from ossia.kernels.route import triton as route_kernels
+
+    for module in (experts, adapter_experts, linear):
+        monkeypatch.setattr(module, "fuses", lambda hidden: True)
+    monkeypatch.setattr(frozen, "write_adapter", expert_kernels.write_adapter)
+    for name in ("rms_norm", "add_rms_norm"):
+        monkeypatch.setattr(model_gpt_oss, name, getattr(norm_kernels, name))
+    monkeypatch.setattr(model_gpt_oss, "route", route_kernels.route)
+    monkeypatch.setattr("ossia.model.attention.rope", rope_kernels.rope)
+
+
+def step(folder, plan=None):
+    """Loss, right guesses and every LoRA gradient."""
+    torch.manual_seed(0)
+    model = add_lora(load_model(folder, experts="mxfp4"), rank=5, alpha=8).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    if plan is not None:
+        apply_plan(model, plan)
+    ids, weights = torch.randint(0, 250, (2, 21)), torch.rand(2, 21)
+    out = model(input_ids=ids, labels=ids, loss_weights=weights)
+    out.loss.backward()
+    return out.loss.item(), out.correct.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_plan_gives_the_loss_and_gradients_of_the_general_path(tiny_gpt_oss, request, name):
+    loss, correct, grads = step(tiny_gpt_oss)
+    request.getfixturevalue("interpreted")
+    options = dict(PLANS[name])
+    kinds = (options.pop("recompute", "none"),) * 2
+    plan = Plan(Sizes(2, 64, 32, 4, 2, 4, 2, 16, 266, 42, 5, 1), kinds, 0, **options)
+    got = step(tiny_gpt_oss, plan)
+    assert got[:2] == (pytest.approx(loss, rel=1e-5), correct)
+    assert grads.keys() == got[2].keys()
+    for key, grad in grads.items():
+        assert (got[2][key] - grad).norm() <= 1e-4 * grad.norm(), key
