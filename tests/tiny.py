@@ -33,14 +33,17 @@ def save_tokenizer(folder: Path, special: tuple[str, ...], pad: str, eos: str, c
     return tokenizer.get_vocab_size()
 
 
-def gpt_oss(folder: Path, *, hidden: int = 64, intermediate: int = 32, layers: int = 2, seed: int = 0) -> Path:
-    """A random gpt-oss, experts in MXFP4, in the layout of openai/gpt-oss-20b, two shards."""
+def gpt_oss(
+    folder: Path, *, hidden: int = 64, intermediate: int = 32, layers: int = 2, seed: int = 0, spread: float = 0.2
+) -> Path:
+    """A random gpt-oss, experts in MXFP4, in the layout of openai/gpt-oss-20b, two shards; weights of deviation
+    `spread`."""
     folder.mkdir(parents=True)
     size = save_tokenizer(folder, HARMONY, "<|endoftext|>", "<|return|>", None)
     vocabulary, experts, heads, kv_heads, head_dim = size + size % 2, 4, 4, 2, 16
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int, std: float = 0.2) -> torch.Tensor:
+    def normal(*shape: int, std: float = spread) -> torch.Tensor:
         return (torch.randn(*shape, generator=generator) * std).bfloat16()
 
     shards: list[dict[str, torch.Tensor]] = [{}, {}]

@@ -92,7 +92,8 @@ def ossia_step(model: Path, adapter: Path, ids: Tensor, routes: list[Tensor]) ->
     from ossia.model.gpt_oss import Router
     from ossia.model.load import load_model
 
-    network = load_adapter(load_model(model, torch_dtype="bfloat16", device="cuda"), adapter, trainable=True)
+    base = load_model(model, torch_dtype="bfloat16", device=ids.device.type)
+    network = load_adapter(base, adapter, trainable=True)
 
     def route(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         index = routes.pop(0)
@@ -128,6 +129,7 @@ def transformers_step(
         device_map={"": str(ids.device)},
     )
     base.config.output_router_logits = False
+    base.to(dtype)  # dequantized experts come as bfloat16, whatever was asked for
     if dtype == torch.float32:
         base.set_experts_implementation("eager")
     network = PeftModel.from_pretrained(base, adapter, is_trainable=True)
@@ -167,7 +169,8 @@ def free(*models: Any) -> None:
     for model in models:
         model.to("meta")
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def unsloth_step(model: str, adapter: str, out: str) -> None:

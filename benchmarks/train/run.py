@@ -3,8 +3,9 @@
 python benchmarks/train/run.py --model FOLDER --out FILE.json [--cases NAME …] [--peers tutorial unsloth]
 
 FOLDER is a checkpoint from checkpoint.py. Ossia's cases go through `ossia sft` on rows of exactly the length, every
-token with loss; peers run their own scripts here (Unsloth wherever this Python finds it). Rates are medians over steps
-after the first two; a case that fails stays in the table with its reason.
+token with loss; peers run their own scripts here (Unsloth wherever this Python finds it). Ossia's rates are medians of
+its own log lines, of five steps each, peers' of single steps; the first step and the one or line after it are left out.
+A case that fails stays in the table with its reason.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from typing import Any
 import psutil
 
 HERE = Path(__file__).parent
-# batch, tokens of a row, steps, flags
-CASES: dict[str, tuple[int, int, int, list[str]]] = {
-    "4x1024 all recomputed": (4, 1024, 14, ["--gradient_checkpointing", "true", "--memory_budget", "17GB"]),
-    "4x4096 all recomputed": (4, 4096, 10, ["--gradient_checkpointing", "true", "--memory_budget", "20GB"]),
-    "4x4096 in 76 GB": (4, 4096, 10, ["--memory_budget", "76GB"]),
-    "1x2048 in 13.9 GB": (1, 2048, 8, ["--memory_budget", "13.9GB"]),
-    "1x131072 in 76 GB": (1, 131072, 3, ["--memory_budget", "76GB"]),
+# batch, tokens of a row, steps, steps between log lines, flags
+CASES: dict[str, tuple[int, int, int, int, list[str]]] = {
+    "4x1024 all recomputed": (4, 1024, 20, 5, ["--gradient_checkpointing", "true", "--memory_budget", "17GB"]),
+    "4x4096 all recomputed": (4, 4096, 20, 5, ["--gradient_checkpointing", "true", "--memory_budget", "20GB"]),
+    "4x4096 in 76 GB": (4, 4096, 20, 5, ["--memory_budget", "76GB"]),
+    "1x2048 in 13.9 GB": (1, 2048, 15, 5, ["--memory_budget", "13.9GB"]),
+    "1x131072 in 76 GB": (1, 131072, 3, 1, ["--memory_budget", "76GB"]),
 }
 PEERS: dict[str, list[tuple[int, int]]] = {
     "tutorial": [(4, 1024), (1, 4096)],
@@ -60,12 +61,12 @@ def host_peak(process: subprocess.Popen[str], peaks: list[int]) -> None:
 
 def sft(model: str, name: str, folder: Path, env: dict[str, str]) -> dict[str, Any]:
     """One case through the command."""
-    batch, length, steps, flags = CASES[name]
+    batch, length, steps, interval, flags = CASES[name]
     data, run = folder / f"{length}.jsonl", folder / name.replace(" ", "_")
     if not data.exists():
         rows(data, batch * length * (steps + 1))
     command = [sys.executable, "-m", "ossia", "sft", "--model", model, "--dataset", str(data), "--max_length", length,
-               "--per_device_train_batch_size", batch, "--max_steps", steps, "--lora_rank", 8, "--logging_steps", 1,
+               "--per_device_train_batch_size", batch, "--max_steps", steps, "--lora_rank", 8, "--logging_steps", interval,
                "--save_strategy", "no", "--output_dir", run, "--add_version", "false"]  # fmt: skip
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -90,7 +91,7 @@ def sft(model: str, name: str, folder: Path, env: dict[str, str]) -> dict[str, A
 
 
 def summary(seconds: list[float], tokens: int) -> dict[str, Any]:
-    """Median rate and its spread over the steps after the first two."""
+    """Median rate and its spread, from seconds a step, the first two left out."""
     settled = seconds[2:] or seconds[-1:]
     rates = [tokens / second for second in settled]
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -29,18 +30,25 @@ def test_reference_equals_transformers(window):
     assert torch.allclose(attention.reference(q, k, v, sinks, 0.25, window), expected, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a CUDA GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("window", [None, 128, 7])
 @pytest.mark.parametrize("length", [1, 77, 300])
 @pytest.mark.parametrize("packed", [False, True])
-def test_flash_and_its_gradients_against_float64(length, window, packed):
+@pytest.mark.parametrize("kind", ["flash", "fastest", "cudnn"])
+def test_on_a_gpu_with_gradients_against_float64(kind, length, window, packed):
+    if kind == "cudnn" and (packed or length == 1 or window or torch.cuda.get_device_capability() < (9, 0)):
+        pytest.skip("cuDNN takes whole sequences, on Hopper or newer")
     q, k, v, sinks = case(2, length, 8, 2, 64, torch.bfloat16, "cuda")
     bounds = longest = None
     if packed:
         places = sorted({0, length // 7, length // 2, length, length + length // 3, 2 * length})
         longest = max(end - start for start, end in pairwise(places))
         bounds = torch.tensor(places, dtype=torch.int32, device="cuda")
-    out = attention.flash(q, k, v, sinks, 0.125, window, bounds, longest)
+    inputs = (q, k, v, sinks, 0.125, window, bounds)
+    if kind == "flash":
+        out = attention.flash(*inputs, longest)
+    else:
+        out = attention.fastest(*inputs, longest, whole_by_cudnn=kind == "cudnn")
     probe = torch.randn_like(out)
     out.backward(probe)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -49,3 +57,12 @@ def test_flash_and_its_gradients_against_float64(length, window, packed):
     pairs = [(out, expected), *((x.grad, e.grad) for x, e in zip((q, k, v), exact, strict=True))]
     for got, want in pairs:
         assert (got.double() - want).norm() <= 1e-2 * want.norm() + 1e-9
+
+
+def test_cudnn_is_worth_a_plan_once_a_shape_has_come_often(monkeypatch):
+    monkeypatch.setattr(attention, "_has_cudnn", lambda device: True)
+    monkeypatch.setattr(attention, "_spent", Counter())
+    device = torch.device("cuda")
+    assert [attention.worth_cudnn(4, 4096, device) for _ in range(4)] == [False, False, True, True]
+    assert attention.worth_cudnn(1, 131072, device)
+    assert not any(attention.worth_cudnn(1, length, device) for length in range(1, 300))

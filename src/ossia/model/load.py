@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
@@ -176,11 +177,15 @@ def _fill(
     host = [name for name in offload if name in stored and stored[name].dtype == _dtype(name, dtype)]
     halves: dict[str, Tensor] = {}
     size = sum(entry.nbytes for entry in stored.values()) / 1e9
+    started = time.monotonic()
     with progress(f"loading {folder.name}", round(size, 2), "GB") as advance:
         for name, tensor in read_tensors(by_file, device, host):
             for key, value in _placed(name, tensor, wanted, halves, dtype):
                 _put(model, key, _on_host(value) if key in offload else value)
             advance(stored[name].nbytes / 1e9)
+    seconds = time.monotonic() - started
+    if seconds > 2:
+        say(f"loaded {size:.1f} GB in {seconds:.1f} s")
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[union-attr]
 
