@@ -11,6 +11,7 @@ A case that fails stays in the table with its reason.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -48,15 +49,22 @@ def rows(path: Path, tokens: int) -> None:
     path.write_text(json.dumps({"text": "".join(words)}) + "\n", encoding="utf-8")
 
 
-def host_peak(process: subprocess.Popen[str], peaks: list[int]) -> None:
-    """The largest resident memory of a process, in bytes, until it ends."""
-    watched = psutil.Process(process.pid)
-    while process.poll() is None:
-        try:
-            peaks.append(watched.memory_info().rss)
-        except psutil.NoSuchProcess:
-            return
-        time.sleep(0.05)
+class HostMemory(threading.Thread):
+    """Watches a process's resident memory, in bytes: at `mark`, and its peak after it."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        super().__init__(daemon=True)
+        self.process = psutil.Process(process.pid)
+        self.before = self.peak = 0
+
+    def mark(self) -> None:
+        self.before = self.peak = self.process.memory_info().rss
+
+    def run(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while self.process.is_running():
+                self.peak = max(self.peak, self.process.memory_info().rss)
+                time.sleep(0.05)
 
 
 def sft(model: str, name: str, folder: Path, env: dict[str, str]) -> dict[str, Any]:
@@ -65,23 +73,27 @@ def sft(model: str, name: str, folder: Path, env: dict[str, str]) -> dict[str, A
     data, run = folder / f"{length}.jsonl", folder / name.replace(" ", "_")
     if not data.exists():
         rows(data, batch * length * (steps + 1))
-    command = [sys.executable, "-m", "ossia", "sft", "--model", model, "--dataset", str(data), "--max_length", length,
-               "--per_device_train_batch_size", batch, "--max_steps", steps, "--lora_rank", 8, "--logging_steps", interval,
-               "--save_strategy", "no", "--output_dir", run, "--add_version", "false"]  # fmt: skip
+    command = [sys.executable, "-m", "ossia", "sft", "--model", model, "--dataset", data, "--max_length", length,
+               "--per_device_train_batch_size", batch, "--max_steps", steps, "--lora_rank", 8, "--logging_steps",
+               interval, "--save_strategy", "no", "--output_dir", run, "--add_version", "false"]  # fmt: skip
     started = time.perf_counter()
     process = subprocess.Popen(
         [*map(str, command), *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
     )
-    peaks: list[int] = [0]
-    watcher = threading.Thread(target=host_peak, args=(process, peaks))
-    watcher.start()
-    output = process.communicate()[0]
-    watcher.join()
+    host, output = HostMemory(process), []
+    host.start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        output.append(line.rstrip())
+        if line.startswith("plan: ") and not host.before:
+            host.mark()  # what comes next is the loading of the model
+    process.wait()
     result: dict[str, Any] = {"program": "ossia sft", "case": name, "batch": batch, "length": length, "flags": flags}
-    result |= {"host_peak_bytes": max(peaks), "process_seconds": round(time.perf_counter() - started, 1)}
-    result["said"] = [line for line in output.splitlines() if line.startswith(("plan", "kernels", "memory", "loaded"))]
+    result |= {"process_seconds": round(time.perf_counter() - started, 1)}
+    result |= {"host_before_loading_bytes": host.before, "host_peak_bytes": host.peak}
+    result["said"] = [line for line in output if line.startswith(("plan", "kernels", "memory", "loaded"))]
     if process.returncode:
-        return {**result, "failed": output[-1500:]}
+        return {**result, "failed": "\n".join(output)[-1500:]}
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps_logged = [entry for line in lines if "loss" in (entry := json.loads(line))]
     tokens = batch * length

@@ -124,7 +124,7 @@ CASES = {
     "no adapter": Case(9, 2, 4, 64, 32, 0),
     "experts without tokens": Case(70, 1, 6, 64, 32, 16, sparse=True),
     "floating point": Case(11, 2, 4, 64, 32, 4, quantized=False),
-    "wide rank": Case(5, 2, 3, 64, 32, 20),
+    "wide rank": Case(5, 2, 3, 64, 32, 40),
 }
 
 

@@ -57,20 +57,23 @@ def _store_tail(acc, scale, rows, inside, out, out_stride, columns, thin, RANK: 
 @triton.jit
 def _adapter_kernel(
     wide, a, b, wide_e, wide_x, a_e, a_i, a_r, b_e, b_r, b_o,
-    I: tl.constexpr, O: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLS: tl.constexpr,
+    I: tl.constexpr, O: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1).to(tl.int64)
-    r = tl.arange(0, R)
+    r = tl.arange(0, R2)
     at = tl.program_id(0) * COLS + tl.arange(0, COLS)
     to = wide + expert * wide_e
     value = tl.load(
         b + expert * b_e + at[:, None] * b_o + r[None, :] * b_r, mask=(at < O)[:, None] & (r < RANK)[None, :], other=0.0
     )
-    tl.store(to + at[:, None].to(tl.int64) * wide_x + I + r[None, :], value, mask=(at < O + R)[:, None])
+    mask = (at < O + R)[:, None] & (r < R)[None, :]
+    tl.store(to + at[:, None].to(tl.int64) * wide_x + I + r[None, :], value, mask=mask)
     value = tl.load(
         a + expert * a_e + at[None, :] * a_i + r[:, None] * a_r, mask=(at < I)[None, :] & (r < RANK)[:, None], other=0.0
     )
-    tl.store(to + (O + r[:, None]).to(tl.int64) * wide_x + at[None, :], value, mask=(at < I)[None, :])
+    tl.store(
+        to + (O + r[:, None]).to(tl.int64) * wide_x + at[None, :], value, mask=(at < I)[None, :] & (r < R)[:, None]
+    )
 
 
 def write_adapter(wide_EXY: Tensor, a_EIr: Tensor, b_ErO: Tensor) -> None:
@@ -80,7 +83,7 @@ def write_adapter(wide_EXY: Tensor, a_EIr: Tensor, b_ErO: Tensor) -> None:
     grid = (triton.cdiv(max(inputs, outputs + tail), 128), experts)
     _adapter_kernel[grid](
         wide_EXY, a_EIr, b_ErO, *wide_EXY.stride()[:2], *a_EIr.stride(), *b_ErO.stride(),
-        I=inputs, O=outputs, RANK=rank, R=tail, COLS=128, num_warps=4,
+        I=inputs, O=outputs, RANK=rank, R=tail, R2=_dot_width(tail), COLS=128, num_warps=4,
     )  # fmt: skip
 
 
