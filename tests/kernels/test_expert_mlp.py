@@ -146,6 +146,17 @@ def test_adapters_are_written_into_expanded_weights():
             assert weight.expand(DTYPE, a, b).isfinite().all()
 
 
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (7, 4, 5), (3000, 2, 33)])
+def test_rows_are_sorted_as_the_reference_sorts(tokens, top_k, experts):
+    from ossia.kernels.expert_mlp import triton
+    from ossia.kernels.expert_mlp.reference import sort_by_expert
+
+    index = torch.rand(tokens, experts).topk(top_k, -1).indices.to(DEVICE)
+    for got, want in zip(triton.sort_by_expert(index, experts), sort_by_expert(index, experts), strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+
+
 def error(got, want):
     return ((got - want).norm() / want.norm().clamp_min(1e-9)).item()
 

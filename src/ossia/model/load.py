@@ -184,7 +184,7 @@ def _fill(
                 _put(model, key, _on_host(value) if key in offload else value)
             advance(stored[name].nbytes / 1e9)
     seconds = time.monotonic() - started
-    if seconds > 2:
+    if size >= 1:
         say(f"loaded {size:.1f} GB in {seconds:.1f} s")
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[union-attr]

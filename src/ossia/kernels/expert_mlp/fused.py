@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ossia.kernels.expert_mlp.frozen import Frozen
 from ossia.kernels.expert_mlp.memory import Memory, is_recomputing
-from ossia.kernels.expert_mlp.reference import Order, sort_by_expert
-from ossia.kernels.expert_mlp.triton import combine, gather, outer, swiglu, swiglu_backward_
+from ossia.kernels.expert_mlp.reference import Order
+from ossia.kernels.expert_mlp.triton import combine, gather, outer, sort_by_expert, swiglu, swiglu_backward_
 from ossia.kernels.grouped_linear import grouped_linear
 
 _Pair = tuple[Tensor | None, Tensor | None]
@@ -150,23 +150,20 @@ class _ExpertMlp(torch.autograd.Function):
             del wide
 
         b2_EHr = None if b2 is None else b2.transpose(1, 2)
-        wide, thin_g, bias_S = gather(grad_TH, order_S, offsets_E, top_k, b2_EHr, scale, down.bias_EO)
+        wide, thin_g, biased_S = gather(grad_TH, order_S, offsets_E, top_k, b2_EHr, scale, down.bias_EO)
         back_SI = _backward(wide, down, (a2, b2), order, memory)
         del wide
-        weight_S = weight_TK.flatten()[order_S]
-        thin2, thin_d, dots_S = swiglu_backward_(
-            gate_up_SX, gate_up.bias_EO, offsets_E, back_SI, weight_S, alpha, limit, a2, b1, scale
+        thin2, thin_d, d_weight_TK = swiglu_backward_(
+            gate_up_SX, gate_up.bias_EO, order_S, offsets_E, back_SI, weight_TK, biased_S, alpha, limit, a2, b1, scale
         )
-        d_weight_TK = (dots_S + bias_S)[position_TK] if ctx.needs_input_grad[1] else None
 
         d_adapters: list[Tensor | None] = [None] * 4
         if a1 is not None and ctx.needs_input_grad[3]:
-            rows = (order_S, top_k)
             d_a1, d_b1, d_a2, d_b2 = (torch.empty_like(x, dtype=torch.float32) for x in (a1, b1, a2, b2))
-            outer(thin_d, hidden_TH, offsets_E, d_a1, *rows)
+            outer(thin_d, hidden_TH, offsets_E, d_a1, order_S, top_k)
             outer(thin1, gate_up_SX, offsets_E, d_b1.transpose(1, 2))
-            outer(thin_g, back_SI, offsets_E, d_a2, weight_S=weight_S)
-            outer(thin2, grad_TH, offsets_E, d_b2.transpose(1, 2), *rows, weight_S)
+            outer(thin_g, back_SI, offsets_E, d_a2, order_S, weight_TK=weight_TK)
+            outer(thin2, grad_TH, offsets_E, d_b2.transpose(1, 2), order_S, top_k, weight_TK)
             d_adapters = [d.to(x.dtype) for d, x in zip((d_a1, d_b1, d_a2, d_b2), (a1, b1, a2, b2), strict=True)]
         del back_SI
         d_hidden = None

@@ -26,12 +26,11 @@ class Order(NamedTuple):
 
 def sort_by_expert(index_TK: Tensor, experts: int) -> Order:
     """The order of rows for experts `index_TK`, int64."""
-    # Of one byte, keys sort three times as fast on a GPU as int64 does.
-    expert_S, order_S = index_TK.flatten().to(torch.uint8 if experts <= 256 else torch.int16).sort(stable=True)
-    numbers_E = torch.arange(experts, dtype=expert_S.dtype, device=expert_S.device)
+    expert_S, order_S = index_TK.flatten().sort(stable=True)
+    numbers_E = torch.arange(experts, device=expert_S.device)
     offsets_E = torch.searchsorted(expert_S, numbers_E, right=True, out_int32=True)
-    rows_S = torch.arange(len(order_S), device=order_S.device)
-    position_S = torch.empty_like(order_S).scatter_(0, order_S, rows_S)
+    position_S = torch.empty_like(order_S)
+    position_S[order_S] = torch.arange(len(order_S), device=order_S.device)
     return Order(order_S, position_S.view_as(index_TK), offsets_E)
 
 

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ossia.kernels.expert_mlp.frozen import padded
+from ossia.kernels.expert_mlp.reference import Order
+from ossia.kernels.sizes import ceil_div, power_of_two
 
 # Rows and columns of a tile, and how many warps share it: the fastest of some twenty tried on an H100.
 _GATHER = {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2}
@@ -21,12 +23,12 @@ _OUTER = {"ROWS": 64, "COLS": 128, "num_warps": 8, "num_stages": 3}
 
 
 def _dot_width(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, power_of_two(rank))
 
 
 def _grid(rows: int, experts: int, tile: dict[str, int]) -> tuple[int]:
     """At most so many blocks of rows, none of which holds two experts."""
-    return (triton.cdiv(rows, tile["ROWS"]) + experts,)
+    return (ceil_div(rows, tile["ROWS"]) + experts,)
 
 
 @triton.jit
@@ -55,6 +57,34 @@ def _store_tail(acc, scale, rows, inside, out, out_stride, columns, thin, RANK: 
 
 
 @triton.jit
+def _sort_kernel(index, order, position, offsets, count, BLOCK: tl.constexpr):
+    expert = tl.program_id(0)
+    place = 0
+    for at in range(0, count, BLOCK):
+        row = at + tl.arange(0, BLOCK)
+        place += tl.sum((tl.load(index + row, mask=row < count, other=1 << 30) < expert).to(tl.int32), 0)
+    for at in range(0, count, BLOCK):
+        row = at + tl.arange(0, BLOCK)
+        mine = tl.load(index + row, mask=row < count, other=1 << 30) == expert
+        to = place + tl.cumsum(mine.to(tl.int32), 0) - 1
+        tl.store(order + to, row.to(tl.int64), mask=mine)
+        tl.store(position + row, to.to(tl.int64), mask=mine)
+        place += tl.sum(mine.to(tl.int32), 0)
+    tl.store(offsets + expert, place)
+
+
+def sort_by_expert(index_TK: Tensor, experts: int) -> Order:
+    """As `reference.sort_by_expert`, in one launch: each expert counts what lies before it, then takes its own."""
+    order_S = torch.empty(index_TK.numel(), dtype=torch.int64, device=index_TK.device)
+    position_TK = torch.empty_like(index_TK, memory_format=torch.contiguous_format)
+    offsets_E = torch.empty(experts, dtype=torch.int32, device=index_TK.device)
+    _sort_kernel[(experts,)](
+        index_TK.contiguous(), order_S, position_TK, offsets_E, len(order_S), BLOCK=4096, num_warps=16
+    )
+    return Order(order_S, position_TK, offsets_E)
+
+
+@triton.jit
 def _adapter_kernel(
     wide, a, b, wide_e, wide_x, a_e, a_i, a_r, b_e, b_r, b_o,
     I: tl.constexpr, O: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, COLS: tl.constexpr,
@@ -80,7 +110,7 @@ def write_adapter(wide_EXY: Tensor, a_EIr: Tensor, b_ErO: Tensor) -> None:
     """As `frozen.write_adapter`, in one launch; any strides."""
     (experts, inputs, rank), outputs = a_EIr.shape, b_ErO.shape[2]
     tail = wide_EXY.shape[1] - outputs
-    grid = (triton.cdiv(max(inputs, outputs + tail), 128), experts)
+    grid = (ceil_div(max(inputs, outputs + tail), 128), experts)
     _adapter_kernel[grid](
         wide_EXY, a_EIr, b_ErO, *wide_EXY.stride()[:2], *a_EIr.stride(), *b_ErO.stride(),
         I=inputs, O=outputs, RANK=rank, R=tail, R2=_dot_width(tail), COLS=128, num_warps=4,
@@ -152,7 +182,7 @@ def gather(
         x_TI, order_S, offsets_E, x_TI if matrix_EIr is None else matrix_EIr,
         *((0, 0, 0) if matrix_EIr is None else matrix_EIr.stride()), x_TI if vector_EI is None else vector_EI,
         out, thin, dots, scale, out.stride(0),
-        I=inputs, K=top_k, E=experts, E2=triton.next_power_of_2(experts), RANK=rank, R=tail, R2=_dot_width(rank),
+        I=inputs, K=top_k, E=experts, E2=power_of_two(experts), RANK=rank, R=tail, R2=_dot_width(rank),
         DOTS=vector_EI is not None, **_GATHER,
     )  # fmt: skip
     return out, thin, dots
@@ -222,14 +252,15 @@ def swiglu(
     _swiglu_kernel[_grid(count, experts, _SWIGLU)](
         gate_up_SX, bias_E2M, offsets_E, gate_up_SX if matrix_EMr is None else matrix_EMr, out, thin, scale, alpha,
         limit, gate_up_SX.stride(0), out.stride(0),
-        M=inner, E=experts, E2=triton.next_power_of_2(experts), RANK=rank, R=tail, R2=_dot_width(rank), **_SWIGLU,
+        M=inner, E=experts, E2=power_of_two(experts), RANK=rank, R=tail, R2=_dot_width(rank), **_SWIGLU,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _swiglu_backward_kernel(
-    gate_up, bias, offsets, shared, weight, matrix_a, matrix_b, thin_a, thin_b, dots, scale, alpha, limit, stride,
+    gate_up, bias, order, offsets, shared, weight, biased, matrix_a, matrix_b, thin_a, thin_b, dots, scale, alpha,
+    limit, stride,
     M: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, R2: tl.constexpr,
     COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -238,7 +269,8 @@ def _swiglu_backward_kernel(
         return
     rows = (first + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < end
-    weight_S = tl.load(weight + rows, mask=inside, other=0.0)[:, None]
+    slot = tl.load(order + rows, mask=inside, other=0)
+    weight_S = tl.load(weight + slot, mask=inside, other=0.0)[:, None]
     r = tl.arange(0, R2)
     acc_a = tl.zeros((ROWS, R2), tl.float32)
     acc_b = tl.zeros((ROWS, R2), tl.float32)
@@ -278,15 +310,18 @@ def _swiglu_backward_kernel(
         value = (acc_a * scale).to(kind)
         tl.store(thin_a + rows[:, None] * R + r[None, :], value, mask=inside[:, None] & (r < R)[None, :])
         _store_tail(acc_b, scale, rows, inside, gate_up, stride, 2 * M, thin_b, RANK, R, R2)
-    tl.store(dots + rows, dot, mask=inside)
+    dot += tl.load(biased + rows, mask=inside, other=0.0)
+    tl.store(dots + slot, dot, mask=inside)
 
 
 def swiglu_backward_(
     gate_up_SX: Tensor,
     bias_E2M: Tensor,
+    order_S: Tensor,
     offsets_E: Tensor,
     back_SM: Tensor,
-    weight_S: Tensor,
+    weight_TK: Tensor,
+    biased_S: Tensor,
     alpha: float,
     limit: float,
     a_EMr: Tensor | None = None,
@@ -299,26 +334,27 @@ def swiglu_backward_(
         gate_up_SX: [S, 2M + R]: gate and up without bias; becomes their gradient, with the tail
             `scale * gradient @ b[e].T`.
         back_SM: contiguous: gradient of the activations before each row's weight; becomes the activations.
-        weight_S: float32 weight of each row.
+        weight_TK: float32 weight of each token's k-th expert, contiguous.
+        biased_S: float32, what `weight_TK`'s gradient gets from the second bias.
         a_EMr: down's A, contiguous; b_Er2M: gate_up's B, contiguous.
 
     Returns:
-        `scale * act @ a[e]` [S, R]; the tail alone [S, R]; float32 [S] `act @ back`, the gradient of `weight_S`
-        but for the bias.
+        `scale * act @ a[e]` [S, R]; the tail alone [S, R]; the gradient of `weight_TK`, `act @ back + biased`.
     """
     count, inner, experts = len(gate_up_SX), bias_E2M.shape[1] // 2, len(offsets_E)
     rank = 0 if a_EMr is None else a_EMr.shape[2]
     tail = padded(rank)
     thin_a, thin_b = gate_up_SX.new_empty(count, tail), gate_up_SX.new_empty(count, tail)
-    dots = gate_up_SX.new_empty(count, dtype=torch.float32)
+    dots_TK = torch.empty_like(weight_TK)
     nothing = gate_up_SX
     _swiglu_backward_kernel[_grid(count, experts, _SWIGLU_BACKWARD)](
-        gate_up_SX, bias_E2M, offsets_E, back_SM, weight_S, nothing if a_EMr is None else a_EMr,
-        nothing if b_Er2M is None else b_Er2M, thin_a, thin_b, dots, scale, alpha, limit, gate_up_SX.stride(0),
-        M=inner, E=experts, E2=triton.next_power_of_2(experts), RANK=rank, R=tail, R2=_dot_width(rank),
+        gate_up_SX, bias_E2M, order_S, offsets_E, back_SM, weight_TK, biased_S, nothing if a_EMr is None else a_EMr,
+        nothing if b_Er2M is None else b_Er2M, thin_a, thin_b, dots_TK, scale, alpha, limit,
+        gate_up_SX.stride(0),
+        M=inner, E=experts, E2=power_of_two(experts), RANK=rank, R=tail, R2=_dot_width(rank),
         **_SWIGLU_BACKWARD,
     )  # fmt: skip
-    return thin_a, thin_b, dots
+    return thin_a, thin_b, dots_TK
 
 
 @triton.jit
@@ -362,8 +398,8 @@ def combine(
     tokens, top_k = position_TK.shape
     width = rows_SH.shape[1]
     out = rows_SH.new_empty(tokens, width)
-    columns = min(1024, triton.next_power_of_2(width))
-    _combine_kernel[(tokens, triton.cdiv(width, columns))](
+    columns = min(1024, power_of_two(width))
+    _combine_kernel[(tokens, ceil_div(width, columns))](
         rows_SH, position_TK, rows_SH if weight_TK is None else weight_TK, rows_SH if index_TK is None else index_TK,
         rows_SH if bias_EH is None else bias_EH, rows_SH if residual_TH is None else residual_TH, out,
         H=width, K=top_k, WEIGHTED=weight_TK is not None, ADDED=residual_TH is not None, COLS=columns, num_warps=4,
@@ -391,7 +427,7 @@ def _outer_kernel(
             source = tl.load(order + rows, mask=inside, other=0) // K
         small = tl.load(thin + rows[None, :] * R + r[:, None], mask=inside[None, :] & (r < RANK)[:, None], other=0.0)
         if WEIGHTED:
-            factor = tl.load(weight + rows, mask=inside, other=0.0)
+            factor = tl.load(weight + tl.load(order + rows, mask=inside, other=0), mask=inside, other=0.0)
             small = (small.to(tl.float32) * factor[None, :]).to(small.dtype)
         value = tl.load(
             wide + source[:, None] * wide_stride + n[None, :], mask=inside[:, None] & (n < N)[None, :], other=0.0
@@ -408,20 +444,21 @@ def outer(
     out: Tensor,
     order_S: Tensor | None = None,
     top_k: int = 0,
-    weight_S: Tensor | None = None,
+    weight_TK: Tensor | None = None,
 ) -> Tensor:
     """For each expert the sum over its rows of `wide[row] ⊗ thin[row]`, into float32 `out` [E, N, r] of any strides.
 
     Args:
         thin_SR: contiguous; its first r columns count.
-        wide_XN: N columns of unit stride, one row for each of S; or with `order_S` one a token, as in `gather`.
-        weight_S: float32 factor of each row.
+        wide_XN: N columns of unit stride, one row for each of S; or with `top_k` one a token, as in `gather`.
+        order_S: as in `gather`; needed with either of the next.
+        weight_TK: float32 factor of each row, by token and expert.
     """
     experts, width, rank = out.shape
-    _outer_kernel[(triton.cdiv(width, _OUTER["COLS"]), experts)](
-        thin_SR, wide_XN, thin_SR if order_S is None else order_S, offsets_E, thin_SR if weight_S is None else weight_S,
-        out, wide_XN.stride(0), *out.stride(), width,
-        K=0 if order_S is None else top_k, RANK=rank, R=thin_SR.shape[1], R2=_dot_width(rank),
-        WEIGHTED=weight_S is not None, **_OUTER,
+    _outer_kernel[(ceil_div(width, _OUTER["COLS"]), experts)](
+        thin_SR, wide_XN, thin_SR if order_S is None else order_S, offsets_E,
+        thin_SR if weight_TK is None else weight_TK, out, wide_XN.stride(0), *out.stride(), width,
+        K=top_k, RANK=rank, R=thin_SR.shape[1], R2=_dot_width(rank),
+        WEIGHTED=weight_TK is not None, **_OUTER,
     )  # fmt: skip
     return out

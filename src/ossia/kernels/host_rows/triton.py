@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ossia.kernels.sizes import power_of_two
+
 
 @triton.jit
 def _rows(table, index, out, H: tl.constexpr, COLUMNS: tl.constexpr):
@@ -22,5 +24,5 @@ def host_rows(table_VH: Tensor, index: Tensor) -> Tensor:
     width = table_VH.shape[1]
     out = torch.empty(*index.shape, width, dtype=table_VH.dtype, device=index.device)
     if index.numel():
-        _rows[(index.numel(),)](table_VH, index.contiguous(), out, H=width, COLUMNS=triton.next_power_of_2(width))
+        _rows[(index.numel(),)](table_VH, index.contiguous(), out, H=width, COLUMNS=power_of_two(width))
     return out

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ossia.kernels.sizes import ceil_div
+
 _RUN = 128
 # 2^126 undoes the exponent bias of a 2-bit exponent put into float32's field of 8: 126 = 127 - 1.
 _REBIAS = tl.constexpr(8.507059173023462e37)
@@ -42,7 +44,7 @@ def dequantize(blocks: Tensor, scales: Tensor, out: Tensor | None = None) -> Ten
     strides = out.stride()[-3:-1] if len(groups) == 1 else (rows * width * 32, width * 32)
     count = scales.numel()
     if count:
-        _expand[(triton.cdiv(count, _RUN),)](
+        _expand[(ceil_div(count, _RUN),)](
             blocks.contiguous(), scales.contiguous(), out, count, *strides, ROWS=rows, WIDTH=width, RUN=_RUN
         )
     return out

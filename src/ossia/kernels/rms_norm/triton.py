@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ossia.kernels.sizes import power_of_two
+
 
 @triton.jit
 def _forward(x, residual, weight, total, y, rstd, eps, H: tl.constexpr, BLOCK: tl.constexpr):
@@ -46,7 +48,7 @@ def _backward(x, weight, rstd, grad_y, grad_total, grad_x, H: tl.constexpr, BLOC
 
 def _layout(x: Tensor) -> tuple[int, dict[str, int]]:
     """Rows of x, and how a program covers one: 2880 columns take 8 warps of 16 columns a thread."""
-    block = triton.next_power_of_2(x.shape[-1])
+    block = power_of_two(x.shape[-1])
     return x.numel() // x.shape[-1], {"H": x.shape[-1], "BLOCK": block, "num_warps": min(max(block // 512, 1), 8)}
 
 

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ossia.kernels.sizes import power_of_two
+
 
 @triton.jit
 def _turn(
@@ -61,7 +63,7 @@ def _rotated(x_BSND: Tensor, cos_BSD2: Tensor, sin_BSD2: Tensor, back: bool) -> 
     if not out_BSND.numel():
         return out_BSND
     half = size // 2
-    tile = {"HEADS": triton.next_power_of_2(heads), "COLUMNS": triton.next_power_of_2(half)}
+    tile = {"HEADS": power_of_two(heads), "COLUMNS": power_of_two(half)}
     _turn[(length, batch)](
         x_BSND,
         cos_BSD2,

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ossia.kernels.sizes import ceil_div, power_of_two
+
 # Of tokens and columns a tile, the fastest on an H100 of seven tried.
 _FORWARD = {"BT": 64, "BH": 128}
 _BACKWARD = {"BT": 32, "BH": 128, "num_warps": 4}
@@ -106,8 +108,8 @@ class _Route(torch.autograd.Function):
         index_TK = torch.empty((length, top_k), dtype=torch.int64, device=hidden_TH.device)
         weight_TK = torch.empty((length, top_k), dtype=torch.float32, device=hidden_TH.device)
         if length:
-            padded = max(16, triton.next_power_of_2(experts))
-            _forward[(triton.cdiv(length, _FORWARD["BT"]),)](
+            padded = max(16, power_of_two(experts))
+            _forward[(ceil_div(length, _FORWARD["BT"]),)](
                 hidden_TH.contiguous(),
                 router_EH,
                 bias_E.contiguous(),
@@ -117,7 +119,7 @@ class _Route(torch.autograd.Function):
                 E=experts,
                 K=top_k,
                 EP=padded,
-                KP=triton.next_power_of_2(top_k),
+                KP=power_of_two(top_k),
                 # Triton's interpreter cannot multiply bfloat16.
                 EXACT=hidden_TH.is_cuda and hidden_TH.dtype == torch.bfloat16,
                 num_warps=4 if padded <= 64 else 8,
@@ -134,7 +136,7 @@ class _Route(torch.autograd.Function):
         (length, top_k), size = index_TK.shape, router_EH.shape[1]
         grad_TH = torch.empty((length, size), dtype=ctx.dtype, device=index_TK.device)
         if length:
-            grid = (triton.cdiv(length, _BACKWARD["BT"]), triton.cdiv(size, _BACKWARD["BH"]))
+            grid = (ceil_div(length, _BACKWARD["BT"]), ceil_div(size, _BACKWARD["BH"]))
             grad_TK = grads[1].contiguous()
             _backward[grid](index_TK, weight_TK, grad_TK, router_EH, grad_TH, length, size, K=top_k, **_BACKWARD)
         return grad_TH, None, None, None
