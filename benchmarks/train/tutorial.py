@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 
 import peft
 import torch
 import transformers
+from peer import measure
 
 
 def build() -> torch.nn.Module:
@@ -35,30 +35,13 @@ def build() -> torch.nn.Module:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return adapted.train()
+    return adapted
 
 
 def main() -> None:
     batch, length, steps = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 6
-    model = build()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(steps):
-        ids = torch.randint(0, 199998, (batch, length), device="cuda")
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        torch.cuda.synchronize()
-        seconds.append(round(time.perf_counter() - started, 4))
-    peak = torch.cuda.max_memory_allocated()
     versions = {"transformers": transformers.__version__, "peft": peft.__version__, "torch": torch.__version__}
-    print(json.dumps({"seconds": seconds, "tokens": batch * length, "peak_bytes": peak, "versions": versions}))
+    print(json.dumps({**measure(build(), batch, length, steps), "versions": versions}))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
 
 import unsloth  # noqa: I001 - first: it replaces parts of the others
 import torch
 import transformers
+from peer import measure
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj", "gate_proj", "up_proj"]
 
@@ -27,27 +27,8 @@ def main() -> None:
     model = unsloth.FastLanguageModel.get_peft_model(
         model, r=8, lora_alpha=16, lora_dropout=0, target_modules=TARGETS, use_gradient_checkpointing="unsloth"
     )
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    model.train()
-    torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(steps):
-        ids = torch.randint(0, 199998, (batch, length), device="cuda")
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        torch.cuda.synchronize()
-        seconds.append(round(time.perf_counter() - started, 4))
-    parameters = sum(p.numel() for p in trained)
-    peak = torch.cuda.max_memory_allocated()
     versions = {"unsloth": unsloth.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
-    result = {"seconds": seconds, "tokens": batch * length, "peak_bytes": peak, "versions": versions}
-    print(json.dumps({**result, "trained_parameters": parameters}))
+    print(json.dumps({**measure(model, batch, length, steps), "versions": versions}))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ CASES = {
     "missing model": (("sft", "--model", "./nowhere", "--dataset", "good.jsonl"), 2, "no such folder"),
     "not a model": (("sft", "--model", "notamodel", "--dataset", "good.jsonl"), 2, "no config.json"),
     "unknown flag": ((*SFT, "good.jsonl", "--lora_rnk", "8"), 2, "did you mean '--lora_rank'"),
+    "unknown size": ((*SFT, "good.jsonl", "--memory_budget", "much"), 2, "--memory_budget got 'much'; it takes a size"),
+    "unknown recompute": ((*SFT, "good.jsonl", "--gradient_checkpointing", "some"), 2, "it takes one of: auto, true"),
     "unknown command": (("stf",), 2, "did you mean 'sft'"),
     "unknown tracker": ((*SFT, "good.jsonl", "--report_to", "swanlb"), 2, "swanlab"),
     "unknown loss": ((*SFT, "good.jsonl", "--loss_scale", "lastround"), 2, "last_round"),

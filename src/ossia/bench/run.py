@@ -16,6 +16,7 @@ from ossia.console import say
 from ossia.errors import UsageError
 
 _WARM = 2  # steps that compile and settle
+_SHOWN = 40
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     say(f"random weights of gpt-oss-{config.size}: {time.perf_counter() - started:.1f} s")
     if plan is not None:
         apply_plan(model, plan)
-    seconds = _train(sft, model, shape.vocab_size, device, dtype)
+    seconds, kernels = _train(sft, model, shape.vocab_size, device, dtype, config.profile)
     tokens = config.per_device_train_batch_size * config.max_length
     rates = [tokens / second for second in seconds[_WARM:]]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -71,9 +72,15 @@ def run(config: BenchConfig) -> dict[str, Any]:
         "peak_bytes": peak,
         "planned_bytes": plan.peak if plan else None,
         "loss_chunk": plan.loss_chunk if plan else None,
+        "kernels": kernels[:_SHOWN],
         "environment": environment(device),
         "commit": commit(),
     }
+    for kernel in kernels[:_SHOWN]:
+        say(f"  {kernel['milliseconds']:9.2f} ms  {kernel['calls']:>6} calls  {kernel['name'][:80]}")
+    if kernels:
+        busy = sum(kernel["milliseconds"] for kernel in kernels)
+        say(f"  {busy:9.2f} ms  busy, of {1e3 * statistics.median(seconds[_WARM:]):.2f} ms a step")
     batch = f"{config.per_device_train_batch_size} × {config.max_length:,}"
     say(
         f"{batch} tokens: {result['tokens_per_second']:,} tokens/s ({result['slowest']:,} to "
@@ -85,8 +92,10 @@ def run(config: BenchConfig) -> dict[str, Any]:
     return result
 
 
-def _train(config: SftConfig, model: Any, vocabulary: int, device: Any, dtype: Any) -> list[float]:
-    """Seconds of each step."""
+def _train(
+    config: SftConfig, model: Any, vocabulary: int, device: Any, dtype: Any, profiled: bool
+) -> tuple[list[float], list[dict[str, Any]]]:
+    """Seconds of each step; and where profiled the kernels of one more, the longest first."""
     import numpy as np
     import torch
     from transformers import PrinterCallback, TrainerCallback
@@ -96,16 +105,25 @@ def _train(config: SftConfig, model: Any, vocabulary: int, device: Any, dtype: A
     from ossia.train.run import training_arguments
     from ossia.train.trainer import SftTrainer
 
+    steps = config.max_steps
+    config.max_steps += profiled
+    profiler = _profiler(device)
+
     class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.seconds: list[float] = []
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            if len(self.seconds) == steps:
+                profiler.start()
             self.began = _now(device)
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.seconds.append(_now(device) - self.began)
-            say(f"step {len(self.seconds)}/{config.max_steps}  {self.seconds[-1]:.3f} s")
+            if len(self.seconds) > steps:
+                profiler.stop()
+                return
+            say(f"step {len(self.seconds)}/{steps}  {self.seconds[-1]:.3f} s")
 
     draw = np.random.default_rng(0)
     count = config.max_steps * config.per_device_train_batch_size
@@ -128,7 +146,22 @@ def _train(config: SftConfig, model: Any, vocabulary: int, device: Any, dtype: A
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return clock.seconds
+    return clock.seconds[:steps], _kernels(profiler, device) if profiled else []
+
+
+def _profiler(device: Any) -> Any:
+    from torch.profiler import ProfilerActivity, profile
+
+    return profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU])
+
+
+def _kernels(profiler: Any, device: Any) -> list[dict[str, Any]]:
+    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    found = [
+        {"name": event.key, "calls": event.count, "milliseconds": round(getattr(event, time_of) / 1e3, 3)}
+        for event in profiler.key_averages()
+    ]
+    return sorted(found, key=lambda kernel: -kernel["milliseconds"])
 
 
 def _now(device: Any) -> float:

@@ -27,6 +27,7 @@ class BenchConfig(Config):
     gradient_checkpointing: str = opt("auto", "as in ossia sft", group="case", choices=["auto", "true", "false"])
     memory_budget: str | None = opt(None, "as in ossia sft", group="case")
     max_steps: int = opt(10, "steps; the first two are left out of the rate", group="case")
+    profile: bool = opt(False, "also time the kernels of one more step", group="case")
     result_path: str | None = opt(None, "JSON file for the figures")
 
     def validate(self) -> None:

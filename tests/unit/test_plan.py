@@ -1,0 +1,148 @@
+"""Plans for a GPU's memory: from sizes to choices, and held against what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ossia.adapters.inject import add_lora
+from ossia.config.base import parse_bytes
+from ossia.errors import OssiaError, UsageError
+from ossia.model.folder import read_json
+from ossia.model.load import load_model
+from ossia.train.plan import KINDS, Plan, Sizes, adapter_parameters, make_plan
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "train" / "results"
+G20B = {
+    "num_hidden_layers": 24,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_local_experts": 32,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 201088,
+}
+LINEAR = [
+    f"layers.{layer}.self_attn.{name}" for layer in range(24) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+]
+
+
+def sizes(tokens, rank=8, **more):
+    return Sizes.of(G20B, tokens=tokens, rank=rank, adapters=adapter_parameters(G20B, rank, LINEAR, range(24)), **more)
+
+
+def measured():
+    for file in sorted(RESULTS.glob("*.json")):
+        for result in json.loads(file.read_text(encoding="utf-8"))["results"]:
+            if result["program"] == "ossia sft" and "peak_bytes" in result:
+                yield pytest.param(result, id=f"{file.stem} {result['case']}")
+
+
+@pytest.mark.parametrize("result", list(measured()))
+def test_predicted_peak_is_within_a_tenth_of_the_measured_one(result):
+    said = result["said"][0]
+    planned = float(said.removeprefix("plan: ").partition(" GB")[0]) * 1e9
+    assert abs(planned - result["peak_bytes"]) < 0.1 * result["peak_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "peak"),
+    # One H100, torch 2.11, weights made on the GPU: torch.cuda.max_memory_allocated over steps.
+    [("layer", 16384, 20.20e9), ("none", 16384, 51.19e9)],
+)
+def test_formula_gives_the_peaks_measured_without_a_planner(kind, tokens, peak):
+    assert Plan(sizes(tokens), (kind,) * 24, 0).peak == pytest.approx(peak, rel=0.02)
+
+
+def test_20b_has_its_known_size():
+    plan = Plan(sizes(1), ("layer",) * 24, 0)
+    assert plan.weights == pytest.approx(13.76e9, rel=0.003)
+    assert plan.sizes.adapters == 92_454_912
+    assert replace(plan, embedding_on_host=True).weights == plan.weights - 2 * 201088 * 2880
+
+
+def test_weights_and_adapters_of_a_real_model(tiny_gpt_oss):
+    config = read_json(tiny_gpt_oss / "config.json")
+    model = load_model(tiny_gpt_oss, torch_dtype="bfloat16", experts="mxfp4")
+    held = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "rotary" not in n)]
+    counted = sum(tensor.nbytes for _, tensor in held)
+    linear = [name for name, _ in model.named_modules() if name.endswith("_proj")]
+    count = adapter_parameters(config, 3, linear, [1])
+    made = Sizes.of(config, tokens=8, rank=3, adapters=count)
+    assert Plan(made, ("none",) * 2, 0).weights == pytest.approx(counted, rel=0.02)
+    adapted = add_lora(model, rank=3, target_experts="1")
+    assert count == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tokens=st.integers(1, 200_000),
+    budget=st.floats(5, 140),
+    rank=st.sampled_from([1, 8, 64]),
+    more=st.fixed_dictionaries({"accumulates": st.booleans(), "quantized": st.booleans()}),
+)
+def test_a_plan_fits_its_budget_or_is_refused_with_the_numbers(tokens, budget, rank, more):
+    made = sizes(tokens, rank, **more)
+    try:
+        plan = make_plan(made, int(budget * 1e9))
+    except OssiaError:
+        leanest = Plan(made, ("layer",) * 24, 0, 4, 256, True, True, 24 if made.quantized else 0)
+        assert leanest.peak > budget * 1e9
+        return
+    assert plan.peak <= plan.budget
+    assert len(plan.recompute) == 24
+    assert set(plan.recompute) <= set(KINDS)
+    richer = make_plan(made, int(budget * 1.5e9))
+    assert richer.host_layers <= plan.host_layers
+    assert richer.recompute.count("none") >= plan.recompute.count("none") or richer.host_layers < plan.host_layers
+
+
+def test_what_fits_nowhere_is_refused_with_the_numbers():
+    with pytest.raises(OssiaError, match=r"leanest plan takes \d+\.\d GB, 4\.0 GB are there.*--per_device_train_batch"):
+        make_plan(sizes(4096), int(4e9))
+
+
+def test_room_goes_first_to_what_saves_most():
+    assert make_plan(sizes(16384), int(200e9)).held_layers == 24
+    rich = make_plan(sizes(16384), int(76e9))
+    assert rich.recompute == ("none",) * 24
+    assert 0 < rich.held_layers < 24
+    assert not rich.offload()
+    poor = make_plan(sizes(4096), int(8e9))
+    assert poor.host_layers > 10
+    assert "model.embed_tokens.weight" in poor.offload()
+    assert "model.layers.0.mlp.experts.gate_up_proj_blocks" in poor.offload()
+
+
+def test_checkpointing_is_obeyed():
+    assert set(make_plan(sizes(4096), int(79e9), "true").recompute) == {"layer"}
+    assert set(make_plan(sizes(4096), int(79e9), "false").recompute) == {"none"}
+    with pytest.raises(OssiaError, match="leave --gradient_checkpointing at auto"):
+        make_plan(sizes(65536), int(40e9), "false")
+
+
+def test_lines_say_what_is_given_up():
+    text = "\n".join(make_plan(sizes(2048), int(11e9)).lines())
+    assert "11.0 GB" in text
+    assert "in host memory: the embedding, inputs of layers, the experts of" in text
+    assert "expanded at a time (slower)" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("16GB", 16e9), ("16", 16e9), ("14.5GiB", 14.5 * 2**30), ("16000 mb", 16e9), ("16000000000", 16e9), ("1tb", 1e12)],
+)
+def test_sizes_are_read(text, count):
+    assert parse_bytes(text, "--memory_budget") == count
+
+
+@pytest.mark.parametrize("text", ["lots", "", "-3GB", "0", "16 elephants", "1e9"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(UsageError, match="--memory_budget"):
+        parse_bytes(text, "--memory_budget")
