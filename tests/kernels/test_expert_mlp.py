@@ -73,7 +73,7 @@ class Case:
         common = (self.index, weight, *frozen, ALPHA, LIMIT)
         if kind.startswith("fused"):
             adapters = [Adapter(*p) if self.rank else None for p in pairs]
-            memory = Memory(keep="again" not in kind, experts=2 if "part" in kind else 0)
+            memory = Memory("again" not in kind, 2 if "part" in kind else 0, "reuse" in kind)
             out = fused(hidden, *common, *adapters, SCALE, memory, residual)
             values = out.detach().double()
             if "twin" in kind:
@@ -161,7 +161,19 @@ def error(got, want):
     return ((got - want).norm() / want.norm().clamp_min(1e-9)).item()
 
 
-@pytest.mark.parametrize("kind", ["fused", "fused again", "fused part", "fused again part", "fused twin", "fused held"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "fused",
+        "fused again",
+        "fused part",
+        "fused again part",
+        "fused twin",
+        "fused twin reuse",
+        "fused again reuse",
+        "fused held",
+    ],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_output_and_gradients_against_float64(name, kind):
     case = CASES[name]

@@ -23,6 +23,8 @@ PLANS = {
     "none": {},
     "experts": {"recompute": "experts"},
     "layer": {"recompute": "layer"},
+    "layer, reusing": {"recompute": "layer", "reuse_expanded": True},
+    "experts, reusing": {"recompute": "experts", "reuse_expanded": True},
     "parts": {"experts_at_once": 3, "loss_chunk": 7},
     "layer in parts": {"recompute": "layer", "experts_at_once": 1},
 }

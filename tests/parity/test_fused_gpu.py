@@ -30,6 +30,7 @@ def test_errors_are_no_larger_than_transformers(tmp_path, experts):
         {"recompute": "none"},
         {"recompute": "experts"},
         {"recompute": "layer"},
+        {"recompute": "layer", "reuse_expanded": True},
         {"recompute": "layer", "inputs_on_host": True},
         {"recompute": "none", "experts_at_once": 3},
         {"recompute": "layer", "host_layers": 1, "embedding_on_host": True, "loss_chunk": 7},

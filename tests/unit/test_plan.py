@@ -92,7 +92,17 @@ def test_a_plan_fits_its_budget_or_is_refused_with_the_numbers(tokens, budget, r
     try:
         plan = make_plan(made, int(budget * 1e9))
     except OssiaError:
-        leanest = Plan(made, ("layer",) * 24, 0, 4, 256, True, True, 24 if made.quantized else 0)
+        host = 24 if made.quantized else 0
+        leanest = Plan(
+            made,
+            ("layer",) * 24,
+            0,
+            experts_at_once=4,
+            loss_chunk=256,
+            embedding_on_host=True,
+            inputs_on_host=True,
+            host_layers=host,
+        )
         assert leanest.peak > budget * 1e9
         return
     assert plan.peak <= plan.budget

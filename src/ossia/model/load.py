@@ -88,10 +88,22 @@ def path_lines(device: torch.device, dropout: bool) -> list[str]:
 
 
 def pick_dtype(torch_dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype that a `--torch_dtype` value means on a device."""
+    """The dtype that a `--torch_dtype` value means on a device.
+
+    Raises:
+        UsageError: bfloat16 on a GPU before Ampere, which has none.
+    """
     if torch_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[torch_dtype]
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    else:
+        dtype = DTYPES[torch_dtype]
+    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+        name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        raise UsageError(
+            f"--torch_dtype {torch_dtype}: {name} (compute capability {major}.{minor}) has no bfloat16, and gpt-oss "
+            "overflows in float16. Use a GPU from Ampere (8.0) on, --torch_dtype float32 or --device cpu"
+        )
+    return dtype
 
 
 def _load_other(folder: Path, dtype: torch.dtype, device: torch.device, offload: Collection[str]) -> PreTrainedModel:

@@ -120,6 +120,8 @@ class Plan:
     Args:
         recompute: for each layer one of `KINDS`.
         experts_at_once: experts expanded to bfloat16 at a time; 0: all of a layer.
+        reuse_expanded: where a layer's experts are computed again, their first projection is expanded once for that and
+            for its gradient.
         loss_chunk: positions whose logits exist at a time.
         embedding_on_host: the embedding rests in pinned host memory, and the GPU reads the rows it needs.
         inputs_on_host: inputs of layers that are made again wait in pinned host memory.
@@ -131,6 +133,7 @@ class Plan:
     recompute: tuple[str, ...]
     budget: int
     experts_at_once: int = 0
+    reuse_expanded: bool = False
     loss_chunk: int = 1024
     embedding_on_host: bool = False
     inputs_on_host: bool = False
@@ -189,6 +192,8 @@ class Plan:
         rows = s.top_k * s.tokens * 2
         back = rows * s.inner
         through_down = rows * (s.hidden + s.tail) + down + back
+        if self.reuse_expanded and kind != "none":
+            through_down += gate_up
         through_gate_up = gate_up + rows * s.hidden
         if self.experts_at_once:  # products of a few experts are copied into the whole
             through_down += back * self.experts_at_once // s.experts
@@ -242,6 +247,9 @@ def make_plan(sizes: Sizes, budget: int, checkpointing: str = "auto") -> Plan:
     plan = next((plan for plan in _leaner(Plan(sizes, least, budget)) if plan.peak <= budget), None)
     if plan is None:
         raise OssiaError(_does_not_fit(sizes, budget, checkpointing, least))
+    if not plan.experts_at_once and plan.recompute.count("none") < sizes.layers:
+        reusing = replace(plan, reuse_expanded=True)
+        plan = reusing if reusing.peak <= budget else plan
     if checkpointing != "auto":
         return plan
     for kind in ("none", "experts"):

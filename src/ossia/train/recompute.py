@@ -32,7 +32,7 @@ def apply_plan(model: nn.Module, plan: Plan, dropout: bool = False) -> None:
         layer.gradient_checkpointing = kind == "layer"
         layer._gradient_checkpointing_func = again
         experts = next(module for module in layer.modules() if isinstance(module, Experts))
-        experts.memory = Memory(keep=kind != "experts", experts=plan.experts_at_once)
+        experts.memory = Memory(kind != "experts", plan.experts_at_once, plan.reuse_expanded)
         if number >= len(layers) - plan.held_layers:
             experts.hold_expanded(plan.sizes.tail)
 

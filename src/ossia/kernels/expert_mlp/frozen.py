@@ -32,6 +32,10 @@ class Frozen(NamedTuple):
         some = (None if tensor is None else tensor[start:end] for tensor in self[2:])
         return Frozen(self.bias_EO[start:end], self.inputs, *some)
 
+    def held(self, dtype: torch.dtype, a_EIr: Tensor | None, b_ErO: Tensor | None) -> Frozen:
+        """The same, expanded beforehand."""
+        return self if self.wide is not None else self._replace(wide=self.expand(dtype, a_EIr, b_ErO))
+
     def expand(self, dtype: torch.dtype, a_EIr: Tensor | None, b_ErO: Tensor | None) -> Tensor:
         """[E, O + R, I + R], R being r rounded up to 16: the weight, transposed, with B in the last columns and A in
         the last rows, transposed too.

@@ -81,7 +81,7 @@ def _product(
     view: Callable[[Tensor], Tensor],
 ) -> Tensor:
     count = len(order.offsets_E)
-    if not 0 < memory.experts < count:
+    if weight.wide is not None or not 0 < memory.experts < count:
         return grouped_linear(rows, view(weight.expand(rows.dtype, *adapter)), order.offsets_E)
     ends = [0, *order.offsets_E.tolist()]
     out = rows.new_empty(len(rows), columns)
@@ -116,6 +116,8 @@ class _ExpertMlp(torch.autograd.Function):
         memory: Memory,
     ) -> Tensor:
         recompute = is_recomputing()
+        if recompute and memory.keep and memory.reuse:
+            gate_up = gate_up.held(hidden_TH.dtype, a1, b1)
         ctx.options = (gate_up, down, alpha, limit, scale, memory)
         order = sort_by_expert(index_TK, len(gate_up.bias_EO))
         kept: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -145,6 +147,8 @@ class _ExpertMlp(torch.autograd.Function):
         top_k = weight_TK.shape[1]
         grad_TH = grads[0].contiguous()
         if gate_up_SX is None:
+            if memory.reuse:
+                gate_up = gate_up.held(hidden_TH.dtype, a1, b1)
             wide, thin1, _ = gather(hidden_TH, order_S, offsets_E, top_k, a1, scale)
             gate_up_SX = _forward(wide, gate_up, (a1, b1), order, memory, thin1.shape[1])
             del wide

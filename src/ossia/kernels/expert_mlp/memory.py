@@ -11,10 +11,12 @@ from dataclasses import dataclass
 @dataclass
 class Memory:
     """What to hold: `keep` the first projection's output from forward to backward, or make it again there; `experts`
-    expanded at a time (0: all at once, which alone never makes the host wait for the GPU)."""
+    expanded at a time (0: all at once, which alone never makes the host wait for the GPU); `reuse`: where backward
+    makes the first projection again, its expanded weight stays for the gradient (not with `experts`)."""
 
     keep: bool = True
     experts: int = 0
+    reuse: bool = False
 
 
 _state = threading.local()
