@@ -34,7 +34,10 @@ CASES: dict[str, tuple[int, int, int, int, list[str]]] = {
     "4x4096 in 76 GB": (4, 4096, 20, 5, ["--memory_budget", "76GB"]),
     "1x2048 in 13.9 GB": (1, 2048, 15, 5, ["--memory_budget", "13.9GB"]),
     "1x131072 in 76 GB": (1, 131072, 3, 1, ["--memory_budget", "76GB"]),
+    "1x16384 one document": (1, 16384, 15, 5, ["--memory_budget", "40GB"]),
+    "1x16384 packed": (1, 16384, 15, 5, ["--memory_budget", "40GB", "--packing", "true"]),
 }
+PACKED_ROW = 256  # tokens of a row in the packed case
 PEERS: dict[str, list[tuple[int, int]]] = {
     "tutorial": [(4, 1024), (1, 4096)],
     "unsloth": [(4, 1024), (4, 4096), (1, 2048)],
@@ -73,7 +76,10 @@ def sft(model: str, name: str, folder: Path, env: dict[str, str]) -> dict[str, A
     data, run = folder / f"{length}.jsonl", folder / name.replace(" ", "_")
     if not data.exists():
         rows(data, batch * length * (steps + 1))
-    command = [sys.executable, "-m", "ossia", "sft", "--model", model, "--dataset", data, "--max_length", length,
+    longest = length
+    if "--packing" in flags:
+        longest, flags = PACKED_ROW, [*flags, "--packing_length", str(length)]
+    command = [sys.executable, "-m", "ossia", "sft", "--model", model, "--dataset", data, "--max_length", longest,
                "--per_device_train_batch_size", batch, "--max_steps", steps, "--lora_rank", 8, "--logging_steps",
                interval, "--save_strategy", "no", "--output_dir", run, "--add_version", "false"]  # fmt: skip
     started = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests import tiny
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
@@ -114,3 +115,42 @@ def test_folder_without_weights_and_cut_file(tiny_gpt_oss, tmp_path):
 
 def test_router_loss_of_the_config_stays_off(tiny_gpt_oss):
     assert load_model(tiny_gpt_oss).config.output_router_logits is False
+
+
+def test_only_padding_on_the_left_takes_the_quadratic_path(tmp_path, monkeypatch):
+    from ossia.kernels import attention as kernels
+    from ossia.model import attention
+
+    model = load_model(tiny.gpt_oss(tmp_path / "model", spread=0.1))
+    ids, full = torch.randint(0, 256, (2, 21)), torch.ones(2, 21, dtype=torch.long)
+    right, left = full.clone(), full.clone()
+    right[0, 13:] = 0
+    left[0, :7] = 0
+    calls = []
+
+    def fastest(q, k, v, sinks, scale, window, bounds, longest, whole_by_cudnn):
+        calls.append(window)
+        return kernels.reference(q, k, v, sinks, scale, window, bounds).float()
+
+    monkeypatch.setattr(attention.attention, "fastest", fastest)
+    for mask, ours in ((None, True), (full, True), (right, True), (left, False)):
+        real = (full if mask is None else mask).bool()
+        model.config._attn_implementation = "eager"
+        with torch.no_grad():
+            want = model(ids, attention_mask=mask).logits[real]
+            model.config._attn_implementation = attention.NAME
+            calls.clear()
+            got = model(ids, attention_mask=mask).logits[real]
+        assert calls == ([8, None] if ours else [])
+        assert (got - want).norm() < (1e-2 if ours else 1e-6) * want.norm()
+    calls.clear()  # and now a prompt, then one token at a time
+    model.config._attn_implementation = "eager"
+    want = model.generate(
+        ids, attention_mask=full, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    model.config._attn_implementation = attention.NAME
+    got = model.generate(
+        ids, attention_mask=full, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    assert (got.logits[0] - want.logits[0]).norm() < 1e-2 * want.logits[0].norm()
+    assert calls == [8, None]

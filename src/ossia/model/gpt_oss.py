@@ -141,12 +141,35 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
             if input_ids is not None and kwargs.get("cu_seq_lens_q") is None:
                 batch, length = input_ids.shape
                 kwargs["whole_by_cudnn"] = worth_cudnn(batch, length, input_ids.device)
+        elif self._needs_no_mask(input_ids, **kwargs):
+            kwargs["attention_mask"] = dict.fromkeys(_MASKS)
         else:
             kwargs |= self._masks(input_ids, **kwargs)
         if loss_weights is None or labels is None:
             return super().forward(input_ids=input_ids, labels=labels, **kwargs)
         hidden = self.model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
         return LossOutput(*shifted_loss(hidden, self.lm_head.weight, labels, loss_weights, self.loss_chunk))
+
+    def _needs_no_mask(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> bool:
+        """Whole rows without padding on the left, and nothing before them: our attention is causal by itself, where a
+        mask would send it to transformers' quadratic path."""
+        cached = past_key_values is not None and (
+            past_key_values.get_seq_length() > 0 or getattr(past_key_values, "is_compileable", False)
+        )
+        if self.config._attn_implementation != attention.NAME or input_ids is None or cached:
+            return False
+        if attention_mask is None:
+            return position_ids is None
+        if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+            return False
+        return bool(attention_mask[:, 0].all() and (attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
     def _masks(
         self,
