@@ -211,6 +211,14 @@ def test_reference_against_float64(name):
     assert error(out.double(), case.run("exact")[0] - case.residual.double()) < (2e-5 if DEVICE == "cpu" else 2e-2)
 
 
+def test_reference_takes_expanded_weights():
+    case = CASES["odd"]
+    held = [f.held(DTYPE, None, None)._replace(blocks=None, scales=None) for f in case.frozen]
+    inputs = (case.hidden, case.index, case.weight)
+    got, want = (expert_mlp.reference(*inputs, *frozen, ALPHA, LIMIT) for frozen in (held, case.frozen))
+    assert torch.equal(got, want)
+
+
 def test_backward_runs_once():
     case = CASES["odd"]
     hidden = case.hidden.clone().requires_grad_()

@@ -58,3 +58,13 @@ def test_every_plan_computes_the_same(tiny_gpt_oss, options):
     assert got[0] == pytest.approx(plain[0], rel=1e-3)
     for name, grad in plain[1].items():
         assert (got[1][name] - grad).norm() <= 2e-2 * grad.norm(), name
+
+
+def test_dropout_trains_from_host_memory_too(tiny_gpt_oss):
+    ids = torch.randint(0, 250, (1, 33)).cuda()
+    sizes = Sizes(2, 64, 32, 4, 2, 4, 2, 16, 266, ids.numel(), 8, 1, fused=False)
+    plan = Plan(sizes, ("layer", "none"), 0, host_layers=1)
+    model = add_lora(load_model(tiny_gpt_oss, offload=plan.offload()), rank=8, dropout=0.1).train()
+    apply_plan(model, plan, dropout=True)
+    model(input_ids=ids, labels=ids, loss_weights=torch.ones_like(ids, dtype=torch.float32)).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

@@ -85,7 +85,7 @@ def test_weights_and_adapters_of_a_real_model(tiny_gpt_oss):
     tokens=st.integers(1, 200_000),
     budget=st.floats(5, 140),
     rank=st.sampled_from([1, 8, 64]),
-    more=st.fixed_dictionaries({"accumulates": st.booleans(), "quantized": st.booleans()}),
+    more=st.fixed_dictionaries({"accumulates": st.booleans(), "quantized": st.booleans(), "fused": st.booleans()}),
 )
 def test_a_plan_fits_its_budget_or_is_refused_with_the_numbers(tokens, budget, rank, more):
     made = sizes(tokens, rank, **more)
@@ -97,7 +97,7 @@ def test_a_plan_fits_its_budget_or_is_refused_with_the_numbers(tokens, budget, r
             made,
             ("layer",) * 24,
             0,
-            experts_at_once=4,
+            experts_at_once=4 if made.fused else 0,
             loss_chunk=256,
             embedding_on_host=True,
             inputs_on_host=True,
@@ -135,6 +135,14 @@ def test_checkpointing_is_obeyed():
     assert set(make_plan(sizes(4096), int(79e9), "false").recompute) == {"none"}
     with pytest.raises(OssiaError, match="leave --gradient_checkpointing at auto"):
         make_plan(sizes(65536), int(40e9), "false")
+
+
+def test_without_the_fused_path_plans_are_larger_and_plainer():
+    made = sizes(4096, fused=False)
+    plan = make_plan(made, int(70e9))
+    assert "experts" not in plan.recompute
+    assert (plan.held_layers, plan.reuse_expanded, plan.experts_at_once) == (0, False, 0)
+    assert Plan(made, ("layer",) * 24, 0).peak > Plan(sizes(4096), ("layer",) * 24, 0).peak + 2e9
 
 
 def test_lines_say_what_is_given_up():

@@ -34,6 +34,7 @@ class Sizes:
         accumulates: whether gradients outlive a forward pass (gradient accumulation).
         parallel: whether several processes train, each with a second copy of its gradients to exchange.
         quantized: experts in MXFP4, else in bfloat16.
+        fused: whether experts take the fused path; without it plans are rough, on the safe side.
     """
 
     layers: int
@@ -51,6 +52,7 @@ class Sizes:
     accumulates: bool = False
     parallel: bool = False
     quantized: bool = True
+    fused: bool = True
 
     @classmethod
     def of(cls, config: dict[str, Any], **more: Any) -> Sizes:
@@ -103,7 +105,9 @@ class Sizes:
 
     @property
     def kept_gate_up(self) -> int:
-        """The experts' first projection, with the adapter's thin product."""
+        """The experts' first projection, with the adapter's thin product; or all that PyTorch's operations keep."""
+        if not self.fused:
+            return self.top_k * self.tokens * (12 * self.hidden + 38 * self.inner)
         return self.top_k * self.tokens * (4 * self.inner + 4 * self.tail)
 
     @property
@@ -188,6 +192,8 @@ class Plan:
         again = {"none": 0, "experts": s.kept_gate_up, "layer": s.kept_rest + s.kept_gate_up}[kind]
         if kind == "layer" and self.inputs_on_host:
             again += 2 * s.kept_input  # this layer's, and the next one's on its way
+        if not s.fused:
+            again += s.top_k * s.tokens * 16 * s.inner
         gate_up, down = s.expanded(self.experts_at_once)
         rows = s.top_k * s.tokens * 2
         back = rows * s.inner
@@ -247,19 +253,20 @@ def make_plan(sizes: Sizes, budget: int, checkpointing: str = "auto") -> Plan:
     plan = next((plan for plan in _leaner(Plan(sizes, least, budget)) if plan.peak <= budget), None)
     if plan is None:
         raise OssiaError(_does_not_fit(sizes, budget, checkpointing, least))
-    if not plan.experts_at_once and plan.recompute.count("none") < sizes.layers:
+    if sizes.fused and not plan.experts_at_once and plan.recompute.count("none") < sizes.layers:
         reusing = replace(plan, reuse_expanded=True)
         plan = reusing if reusing.peak <= budget else plan
     if checkpointing != "auto":
         return plan
-    for kind in ("none", "experts"):
+    for kind in ("none", "experts") if sizes.fused else ("none",):
         for layer in reversed(range(sizes.layers)):
             if plan.recompute[layer] == "layer":
                 kinds = (*plan.recompute[:layer], kind, *plan.recompute[layer + 1 :])
                 if replace(plan, recompute=kinds).peak > budget:
                     break
                 plan = replace(plan, recompute=kinds)
-    while plan.recompute.count("none") == sizes.layers > plan.held_layers and not plan.experts_at_once:
+    roomy = sizes.fused and not plan.experts_at_once and plan.recompute.count("none") == sizes.layers
+    while roomy and plan.held_layers < sizes.layers:
         richer = replace(plan, held_layers=plan.held_layers + 1)
         if richer.peak > budget:
             break
@@ -294,7 +301,7 @@ def _leaner(plan: Plan) -> Iterable[Plan]:
         yield plan
     plan = replace(plan, loss_chunk=256)
     yield plan
-    for experts in (16, 8, 4):
+    for experts in (16, 8, 4) if plan.sizes.fused else ():
         if experts < plan.sizes.experts:
             plan = replace(plan, experts_at_once=experts)
             yield plan

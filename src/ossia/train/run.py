@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import platform
@@ -155,6 +156,7 @@ def plan_for(
         accumulates=config.gradient_accumulation_steps > 1,
         parallel=int(os.environ.get("WORLD_SIZE", "1")) > 1,
         quantized=quantized,
+        fused=not (config.lora_dropout and targets[1]) and importlib.util.find_spec("triton") is not None,
     )
     free = torch.cuda.mem_get_info(device)[0]
     budget = parse_bytes(config.memory_budget, "--memory_budget") if config.memory_budget else _usable(free)

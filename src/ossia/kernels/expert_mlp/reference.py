@@ -68,8 +68,10 @@ def _project(rows: Tensor, weight: Frozen, expert_S: Tensor, offsets_E: Tensor, 
     if weight.blocks is not None and weight.scales is not None:
         out = grouped_linear_mxfp4(rows, weight.blocks, weight.scales, offsets_E)
     else:
-        assert weight.dense_EIO is not None
-        out = grouped_linear(rows, weight.dense_EIO.to(rows.dtype), offsets_E)
+        dense_EIO = weight.dense_EIO
+        if dense_EIO is None:
+            dense_EIO = weight.expand(rows.dtype, None, None).transpose(1, 2)
+        out = grouped_linear(rows, dense_EIO.to(rows.dtype), offsets_E)
     if delta is not None:
         out = out + delta(rows, offsets_E)
     return out + weight.bias_EO.to(out.dtype)[expert_S]

@@ -43,10 +43,18 @@ class _GroupedLinearMxfp4(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SI: Tensor, blocks: Tensor, scales: Tensor, offsets_E: Tensor) -> Tensor:
         ctx.save_for_backward(blocks, scales, offsets_E)
-        return grouped_linear(x_SI, dequantize(blocks, scales, x_SI.dtype).transpose(1, 2), offsets_E)
+        return grouped_linear(x_SI, _expanded(blocks, scales, x_SI).transpose(1, 2), offsets_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         blocks, scales, offsets_E = ctx.saved_tensors
         grad_SO = grads[0].contiguous()
-        return grouped_linear(grad_SO, dequantize(blocks, scales, grad_SO.dtype), offsets_E), None, None, None
+        return grouped_linear(grad_SO, _expanded(blocks, scales, grad_SO), offsets_E), None, None, None
+
+
+def _expanded(blocks: Tensor, scales: Tensor, like: Tensor) -> Tensor:
+    """[E, O, I] where the rows are, which blocks in pinned host memory are not."""
+    if blocks.device == like.device:
+        return dequantize(blocks, scales, like.dtype)
+    out = torch.empty(*blocks.shape[:2], blocks.shape[2] * 32, dtype=like.dtype, device=like.device)
+    return dequantize(blocks, scales, like.dtype, out)
