@@ -33,7 +33,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     from ossia.bench.model import config_of, random_model
     from ossia.model.load import pick_device, pick_dtype
     from ossia.train.recompute import apply_plan
-    from ossia.train.run import environment, expandable_memory, plan_for
+    from ossia.train.run import environment, expandable_memory, needs_autocast, plan_for
 
     expandable_memory()
     quiet_libraries()
@@ -59,7 +59,8 @@ def run(config: BenchConfig) -> dict[str, Any]:
     say(f"random weights of gpt-oss-{config.size}: {time.perf_counter() - started:.1f} s")
     if plan is not None:
         apply_plan(model, plan)
-    seconds, kernels = _train(sft, model, shape.vocab_size, device, dtype, config.profile)
+    autocast = needs_autocast(dtype, plan)
+    seconds, kernels = _train(sft, model, shape.vocab_size, device, autocast, config.profile)
     tokens = config.per_device_train_batch_size * config.max_length
     rates = [tokens / second for second in seconds[_WARM:]]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -93,11 +94,10 @@ def run(config: BenchConfig) -> dict[str, Any]:
 
 
 def _train(
-    config: SftConfig, model: Any, vocabulary: int, device: Any, dtype: Any, profiled: bool
+    config: SftConfig, model: Any, vocabulary: int, device: Any, autocast: bool, profiled: bool
 ) -> tuple[list[float], list[dict[str, Any]]]:
     """Seconds of each step; and where profiled the kernels of one more, the longest first."""
     import numpy as np
-    import torch
     from transformers import PrinterCallback, TrainerCallback
 
     from ossia.data.collate import Collator
@@ -132,7 +132,7 @@ def _train(
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         config.output_dir = folder
-        args = training_arguments(config, False, dtype == torch.bfloat16, device.type == "cpu")
+        args = training_arguments(config, False, autocast, device.type == "cpu")
         args.gradient_checkpointing = args.gradient_checkpointing and device.type == "cpu"
         args.logging_strategy = "no"
         trainer = SftTrainer(

@@ -173,6 +173,14 @@ def _usable(free: int) -> int:
     return int(free * 0.94)
 
 
+def needs_autocast(dtype: torch.dtype, plan: Plan | None) -> bool:
+    """Whether float32 adapters meet bfloat16 rows in PyTorch's operations; fused steps round for themselves, and do
+    without autocast's look at every operation."""
+    import torch
+
+    return dtype == torch.bfloat16 and not (plan is not None and plan.sizes.fused)
+
+
 def expandable_memory() -> None:
     """Before the first tensor reaches a GPU: blocks that grow leave no holes between layers of different needs."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -202,7 +210,7 @@ def _train(
     device = pick_device(config.device)
     dtype = pick_dtype(config.torch_dtype, device)
     plan = _plan(config, targets, rows, device, dtype)
-    args = training_arguments(config, bool(held), dtype == torch.bfloat16, device.type == "cpu")
+    args = training_arguments(config, bool(held), needs_autocast(dtype, plan), device.type == "cpu")
     if plan is not None:
         args.gradient_checkpointing = False  # the plan says it layer by layer
     state = PartialState(cpu=device.type == "cpu")
