@@ -52,7 +52,7 @@ def random_model(
     """
     supported = attention.supports_flash(device, dtype)
     config._attn_implementation = attention.NAME if supported else "eager"
-    config.output_router_logits = False
+    config.output_router_logits, config.router_aux_loss_coef = False, 0.0
     config.dtype = dtype
     with torch.device("meta"):
         model = OssiaGptOssForCausalLM(config, quantized=True)

@@ -130,8 +130,9 @@ def _load_gpt_oss(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config._attn_implementation = _attention(attn_impl, dtype, device)
-    # Left on, the auxiliary loss of the released config (0.9) would outweigh the language-model loss.
-    config.output_router_logits = False
+    # Left on, the auxiliary loss of the released config (0.9) would outweigh the language-model loss; TRL turns it on
+    # where the coefficient is not 0.
+    config.output_router_logits, config.router_aux_loss_coef = False, 0.0
     config.dtype = dtype
     quantized = on_disk_mxfp4 and _keep_mxfp4(config, dtype, device, experts)
     with torch.device("meta"):
