@@ -33,7 +33,8 @@ def test_logits_equal_transformers(tiny_gpt_oss, reference, experts):
     assert (got - want)[mask.bool()].abs().max() < 1e-4 * want.abs().max()
 
 
-def test_loss_and_embedding_gradient_equal_transformers(tiny_gpt_oss, reference):
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_and_embedding_gradient_equal_transformers(tiny_gpt_oss, reference, smoothing):
     ids, weights = torch.randint(0, 256, (2, 19)), torch.rand(2, 19)
     weights[:, :5] = 0
     ours = load_model(tiny_gpt_oss, experts="mxfp4")
@@ -42,10 +43,12 @@ def test_loss_and_embedding_gradient_equal_transformers(tiny_gpt_oss, reference)
         table = model.get_input_embeddings().weight
         table.requires_grad_(True)
         if model is ours:
-            loss = model(ids, labels=ids, loss_weights=weights, attention_mask=torch.ones_like(ids)).loss
+            mask = torch.ones_like(ids)
+            loss = model(ids, labels=ids, loss_weights=weights, label_smoothing=smoothing, attention_mask=mask).loss
         else:
             logits = model(ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
-            loss = (F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * weights[:, 1:]).sum()
+            options = {"reduction": "none", "label_smoothing": smoothing}
+            loss = (F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], **options) * weights[:, 1:]).sum()
         grads.append((loss.detach(), torch.autograd.grad(loss, table)[0]))
         table.requires_grad_(False)
     (loss, grad), (expected, expected_grad) = grads

@@ -6,7 +6,16 @@ import dataclasses
 
 import pytest
 
-from ossia.config import CheckConfig, DemoConfig, ExportConfig, InferConfig, PreviewConfig, SftConfig, StatsConfig
+from ossia.config import (
+    BenchConfig,
+    CheckConfig,
+    DemoConfig,
+    ExportConfig,
+    InferConfig,
+    PreviewConfig,
+    SftConfig,
+    StatsConfig,
+)
 from ossia.errors import UsageError
 
 
@@ -22,7 +31,7 @@ def test_flags_of_sft_are_pinned():
         "split_dataset_ratio packing packing_length load_from_cache_file dataset_num_proc train_type lora_rank lora_alpha lora_dropout use_rslora target_modules target_experts "
         "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
         "lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 "
-        "adam_epsilon max_grad_norm optim gradient_checkpointing memory_budget dataloader_num_workers logging_steps "
+        "adam_epsilon max_grad_norm label_smoothing_factor optim gradient_checkpointing memory_budget dataloader_num_workers logging_steps "
         "per_device_eval_batch_size eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit "
         "resume_from_checkpoint output_dir add_version report_to swanlab_project swanlab_workspace swanlab_exp_name "
         "swanlab_mode deepspeed use_liger_kernel bf16 fp16 dry_run"
@@ -30,7 +39,7 @@ def test_flags_of_sft_are_pinned():
 
 
 @pytest.mark.parametrize(
-    "cls", [SftConfig, InferConfig, ExportConfig, DemoConfig, PreviewConfig, CheckConfig, StatsConfig]
+    "cls", [BenchConfig, SftConfig, InferConfig, ExportConfig, DemoConfig, PreviewConfig, CheckConfig, StatsConfig]
 )
 def test_every_field_has_help_and_a_group_that_is_shown(cls):
     for field in dataclasses.fields(cls):

@@ -68,6 +68,9 @@ class SftConfig(DataOptions, TemplateOptions, ModelOptions, Config):
     adam_beta2: float = opt(0.999, "AdamW beta 2", group="train")
     adam_epsilon: float = opt(1e-8, "AdamW epsilon", group="train")
     max_grad_norm: float = opt(1.0, "gradients are clipped to this norm", group="train")
+    label_smoothing_factor: float = opt(
+        0.0, "share of the training loss that asks for every token alike; held-out loss is without it", group="train"
+    )
     optim: str = opt("adamw_torch_fused", "optimizer, by transformers' name", group="train")
     gradient_checkpointing: str = opt(
         "auto",
@@ -149,6 +152,8 @@ class SftConfig(DataOptions, TemplateOptions, ModelOptions, Config):
             raise UsageError(f"--split_dataset_ratio is {self.split_dataset_ratio}; it must be in [0, 1)")
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"--lora_dropout is {self.lora_dropout}; it must be in [0, 1)")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise UsageError(f"--label_smoothing_factor is {self.label_smoothing_factor}; it must be in [0, 1)")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise UsageError("nothing to train: give --num_train_epochs or --max_steps above 0")
         if self.learning_rate <= 0:

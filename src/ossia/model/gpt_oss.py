@@ -127,9 +127,11 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' forward; or, with `labels` [B, S] and `loss_weights` [B, S], the summed loss.
+        """As transformers' forward; or, with `labels` [B, S] and `loss_weights` [B, S], the summed loss, of which
+        `label_smoothing` is the share that asks for every token alike.
 
         Rows with a loss are padded on the right, or packed: then `position_ids` restart with each row and there is no
         mask (`cu_seq_lens_q` and `max_length_q` say the same to attention on the GPU).
@@ -148,7 +150,8 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
         if loss_weights is None or labels is None:
             return super().forward(input_ids=input_ids, labels=labels, **kwargs)
         hidden = self.model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
-        return LossOutput(*shifted_loss(hidden, self.lm_head.weight, labels, loss_weights, self.loss_chunk))
+        head_VH, options = self.lm_head.weight, (self.loss_chunk, label_smoothing)
+        return LossOutput(*shifted_loss(hidden, head_VH, labels, loss_weights, *options))
 
     def _needs_no_mask(
         self,
@@ -189,9 +192,15 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
 
 
 def shifted_loss(
-    hidden: Tensor, head_VH: Tensor, labels: Tensor, loss_weights: Tensor, chunk: int = 1024
+    hidden: Tensor,
+    head_VH: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor,
+    chunk: int = 1024,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Summed loss and right guesses where position t predicts label t+1. hidden [B, S, H], the others [B, S]."""
     # The last position of a row predicts nothing: weight 0 instead of a copy of all others.
     label, weight = (F.pad(x[:, 1:], (0, 1)).flatten() for x in (labels, loss_weights))
-    return linear_cross_entropy(hidden.flatten(0, 1), head_VH.to(hidden.dtype), label, weight, chunk)
+    flat_TH = hidden.flatten(0, 1)
+    return linear_cross_entropy(flat_TH, head_VH.to(flat_TH.dtype), label, weight, chunk, label_smoothing)

@@ -8,11 +8,12 @@ from torch.nn import functional as F
 from ossia.model.gpt_oss import LossOutput
 
 
-def loss_from_logits(logits: Tensor, labels: Tensor, loss_weights: Tensor) -> LossOutput:
+def loss_from_logits(logits: Tensor, labels: Tensor, loss_weights: Tensor, label_smoothing: float = 0.0) -> LossOutput:
     """Summed weighted loss where position t predicts label t+1. logits [B, S, V], the others [B, S]."""
     weight = loss_weights[:, 1:].flatten().float()
     kept = weight.nonzero()[:, 0]
     logits_TV = logits[:, :-1].flatten(0, 1)[kept].float()
     label_T = labels[:, 1:].flatten()[kept]
-    loss = (F.cross_entropy(logits_TV, label_T, reduction="none") * weight[kept]).sum()
+    losses_T = F.cross_entropy(logits_TV, label_T, reduction="none", label_smoothing=label_smoothing)
+    loss = (losses_T * weight[kept]).sum()
     return LossOutput(loss, (logits_TV.argmax(-1) == label_T).sum().float())

@@ -322,8 +322,7 @@ def training_arguments(config: SftConfig, has_eval: bool, bf16: bool, on_cpu: bo
     same = (
         "num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
         "learning_rate lr_scheduler_type weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim seed "
-        "logging_steps eval_steps save_strategy save_steps "
-        "save_total_limit eval_on_start"
+        "label_smoothing_factor logging_steps eval_steps save_strategy save_steps save_total_limit eval_on_start"
     )
     try:
         return TrainingArguments(

@@ -68,7 +68,7 @@ class SftTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Weighted sum divided by the step's weight, times the processes that will average it."""
-        sums = sums_of(model, inputs)
+        sums = sums_of(model, inputs, self.args.label_smoothing_factor if model.training else 0.0)
         assert sums.loss is not None
         weight = inputs["loss_weights"][:, 1:]
         total = weight.sum() if num_items_in_batch is None else num_items_in_batch
@@ -126,12 +126,13 @@ class SftTrainer(Trainer):
         load_adapter_tensors(self.accelerator.unwrap_model(self.model), Path(str(self.state.best_model_checkpoint)))
 
 
-def sums_of(model: nn.Module, inputs: dict[str, Any]) -> LossOutput:
+def sums_of(model: nn.Module, inputs: dict[str, Any], label_smoothing: float = 0.0) -> LossOutput:
     """Summed loss and right guesses of a batch, from our model's fused loss or any other's logits."""
     if isinstance(_base(model), OssiaGptOssForCausalLM):
-        return model(**inputs)
+        return model(**inputs, label_smoothing=label_smoothing)
     rest = {name: value for name, value in inputs.items() if name not in _OURS}
-    return loss_from_logits(model(**rest, use_cache=False).logits, inputs["labels"], inputs["loss_weights"])
+    logits = model(**rest, use_cache=False).logits
+    return loss_from_logits(logits, inputs["labels"], inputs["loss_weights"], label_smoothing)
 
 
 def check_packing(model: nn.Module) -> None:
