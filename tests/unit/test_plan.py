@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests import tiny
 
 from ossia.adapters.inject import add_lora
 from ossia.config.base import parse_bytes
@@ -18,23 +19,19 @@ from ossia.model.load import load_model
 from ossia.train.plan import KINDS, Plan, Sizes, adapter_parameters, make_plan
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "train" / "results"
-G20B = {
-    "num_hidden_layers": 24,
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "num_local_experts": 32,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 201088,
-}
 LINEAR = [
     f"layers.{layer}.self_attn.{name}" for layer in range(24) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
 ]
 
 
 def sizes(tokens, rank=8, **more):
-    return Sizes.of(G20B, tokens=tokens, rank=rank, adapters=adapter_parameters(G20B, rank, LINEAR, range(24)), **more)
+    return Sizes.of(
+        tiny.GPT_OSS_20B,
+        tokens=tokens,
+        rank=rank,
+        adapters=adapter_parameters(tiny.GPT_OSS_20B, rank, LINEAR, range(24)),
+        **more,
+    )
 
 
 def measured():
@@ -143,6 +140,12 @@ def test_without_the_fused_path_plans_are_larger_and_plainer():
     assert "experts" not in plan.recompute
     assert (plan.held_layers, plan.reuse_expanded, plan.experts_at_once) == (0, False, 0)
     assert Plan(made, ("layer",) * 24, 0).peak > Plan(sizes(4096), ("layer",) * 24, 0).peak + 2e9
+
+
+def test_large_batches_of_held_out_rows_count():
+    plain, held = (Plan(sizes(1024, eval_tokens=tokens), ("layer",) * 24, 0) for tokens in (1024, 65536))
+    assert plain.peak == Plan(sizes(1024), ("layer",) * 24, 0).peak
+    assert held.peak > plain.peak + 3e9
 
 
 def test_lines_say_what_is_given_up():

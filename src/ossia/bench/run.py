@@ -53,7 +53,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     layers = list(range(shape.num_hidden_layers))
     linear = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") for _ in layers]
     targets, dtype = (linear, layers), pick_dtype("auto", device)
-    plan = plan_for(sft, shape.to_dict(), True, targets, config.max_length, device, dtype)
+    plan = plan_for(sft, shape.to_dict(), True, targets, config.max_length, 0, device, dtype)
     started = time.perf_counter()
     model = add_lora(random_model(shape, device, plan.offload() if plan else (), dtype=dtype), rank=config.lora_rank)
     say(f"random weights of gpt-oss-{config.size}: {time.perf_counter() - started:.1f} s")

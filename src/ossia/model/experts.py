@@ -117,10 +117,6 @@ class Experts(nn.Module):
         with kept_on_host(self._buffers):
             return super()._apply(fn, recurse)
 
-    def dense(self, name: Projection, dtype: torch.dtype) -> Tensor:
-        """A projection's weight in floating point, [E, in, out]."""
-        return self._frozen(name).expand(dtype, None, None).transpose(1, 2)
-
 
 @contextlib.contextmanager
 def kept_on_host(tensors: dict[str, Any]) -> Iterator[None]:

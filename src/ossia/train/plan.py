@@ -29,6 +29,7 @@ class Sizes:
 
     Args:
         tokens: of the largest batch, padding included.
+        eval_tokens: of the largest batch of held-out rows.
         rank: of the experts' adapters; 0: they have none.
         adapters: parameters that train, all layers together.
         accumulates: whether gradients outlive a forward pass (gradient accumulation).
@@ -49,6 +50,7 @@ class Sizes:
     tokens: int
     rank: int
     adapters: int
+    eval_tokens: int = 0
     accumulates: bool = False
     parallel: bool = False
     quantized: bool = True
@@ -174,6 +176,7 @@ class Plan:
         below, moments = sum(kept), []
         logits = min(self.loss_chunk, s.tokens) * s.vocabulary * 2
         moments.append(below + logits + 2 * s.kept_input + (gradients if s.accumulates else 0))
+        moments.append(self._evaluation())
         for layer in reversed(range(s.layers)):
             made = gradients if s.accumulates else gradients * (s.layers - layer) // s.layers
             moments.append(below + self._working(self.recompute[layer]) + made)
@@ -185,6 +188,14 @@ class Plan:
         if kind == "layer":
             return 0 if self.inputs_on_host else s.kept_input
         return s.kept_input + s.kept_rest + (s.kept_gate_up if kind == "none" else 0)
+
+    def _evaluation(self) -> int:
+        """A layer's forward over held-out rows, of which nothing is kept."""
+        s = self.sizes
+        rows = 2 * s.top_k * s.eval_tokens
+        experts = rows * (s.hidden + 2 * s.inner + 2 * s.tail) + s.expanded(self.experts_at_once)[0]
+        heads = 4 * s.eval_tokens * s.head_size * (s.heads + s.kv_heads)
+        return max(experts, heads) + 4 * 2 * s.hidden * s.eval_tokens
 
     def _working(self, kind: str) -> int:
         """Beside what is kept: a layer's own backward."""

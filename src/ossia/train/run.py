@@ -108,12 +108,18 @@ def _packed(config: SftConfig, rows: TokenRows) -> PackedRows:
 
 
 def _plan(
-    config: SftConfig, targets: tuple[list[str], list[int]], rows: TokenRows, device: torch.device, dtype: torch.dtype
+    config: SftConfig,
+    targets: tuple[list[str], list[int]],
+    rows: TokenRows,
+    held: TokenRows | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Plan | None:
     folder = Path(str(config.model))
     quantized = config.experts != "dequantized" and any(name.endswith("_blocks") for name in weight_files(folder))
     length = (config.packing_length or config.max_length) if config.packing else int(rows.lengths.max())
-    return plan_for(config, read_json(folder / "config.json"), quantized, targets, length, device, dtype)
+    held_length = int(held.lengths.max()) if held else 0
+    return plan_for(config, read_json(folder / "config.json"), quantized, targets, length, held_length, device, dtype)
 
 
 def plan_for(
@@ -122,6 +128,7 @@ def plan_for(
     quantized: bool,
     targets: tuple[list[str], list[int]],
     length: int,
+    held_length: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Plan | None:
@@ -133,6 +140,7 @@ def plan_for(
         quantized: whether experts stay in MXFP4.
         targets: adapted linear layers, and layers whose experts are adapted.
         length: tokens of the longest row.
+        held_length: of the longest held-out row; 0: there is none.
         device: where it trains.
         dtype: in what.
 
@@ -151,6 +159,7 @@ def plan_for(
     sizes = Sizes.of(
         model,
         tokens=config.per_device_train_batch_size * length,
+        eval_tokens=config.per_device_eval_batch_size * held_length,
         rank=config.lora_rank if targets[1] else 0,
         adapters=adapter_parameters(model, config.lora_rank, *targets),
         accumulates=config.gradient_accumulation_steps > 1,
@@ -209,7 +218,7 @@ def _train(
     quiet_libraries()
     device = pick_device(config.device)
     dtype = pick_dtype(config.torch_dtype, device)
-    plan = _plan(config, targets, rows, device, dtype)
+    plan = _plan(config, targets, rows, held, device, dtype)
     args = training_arguments(config, bool(held), needs_autocast(dtype, plan), device.type == "cpu")
     if plan is not None:
         args.gradient_checkpointing = False  # the plan says it layer by layer
