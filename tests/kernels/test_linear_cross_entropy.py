@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,31 +9,13 @@ from torch.nn import functional as F
 from ossia.kernels import linear_cross_entropy as public
 from ossia.kernels.linear_cross_entropy import reference
 
+KERNEL = "linear_cross_entropy"
+pytestmark = pytest.mark.usefixtures("poison")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 # Of the gradient of logits given in the dtype: half a unit of its last place.
 ROUNDING = {torch.float32: 0, torch.bfloat16: 2**-8}
 # One block partly filled, and several of which the last is.
 VOCABULARIES = [37, 5000]
-
-
-@pytest.fixture(params=["reference", "triton", "public"])
-def kernel(request, device):
-    """A module with `linear_cross_entropy`; but for the public one with `step` too."""
-    if request.param == "public":
-        return public
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if device == "cpu" and torch.cuda.is_available():
-            pytest.skip("triton compiles for the GPU")
-    return importlib.import_module(f"ossia.kernels.linear_cross_entropy.{request.param}")
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """New tensors that nothing fills hold NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def oracle(hidden, head, labels, weights, smoothing):

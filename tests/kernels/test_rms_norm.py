@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 
 from ossia.kernels import rms_norm as public
 
+KERNEL = "rms_norm"
+pytestmark = pytest.mark.usefixtures("poison")
 EPS = 1e-5
 # Relative and absolute. bfloat16 is rounded once, by at most 2^-8 = 3.9e-3; truncation would show.
 # Triton's interpreter (3.6 and 3.7) does truncate, by up to 2^-7: see `tolerance`.
 TOLERANCE = {torch.float32: (1e-5, 2e-6), torch.bfloat16: (4e-3, 2e-6)}
 SHAPES = [(1, 48), (7, 100), (2, 3, 48), (3, 2880)]
-
-
-@pytest.fixture(autouse=True)
-def _poison():
-    """torch.empty holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=["public", "reference", "triton"])
-def kernel(request, device):
-    if request.param == "public":
-        return public
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if device == "cpu" and torch.cuda.is_available():
-            pytest.skip("compiled for the GPU, not interpreted")
-    return import_module(f"ossia.kernels.rms_norm.{request.param}")
 
 
 def case(shape, dtype, device, weight_dtype=None):

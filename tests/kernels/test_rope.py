@@ -10,30 +10,13 @@ from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb
 
 from ossia.kernels import rope as public
 
+KERNEL = "rope"
+pytestmark = pytest.mark.usefixtures("poison")
 # Relative and absolute. bfloat16 is rounded once, by at most 2^-8 = 3.9e-3; truncation would show.
 # Triton's interpreter (3.6 and 3.7) does truncate, by up to 2^-7: there the relative part is twice as large.
 TOLERANCE = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (4e-3, 1e-6)}
 # B, S, N, D
 SHAPES = [(1, 1, 1, 64), (2, 5, 3, 16), (2, 7, 8, 64), (1, 3, 5, 80), (1, 2, 64, 64)]
-
-
-@pytest.fixture(autouse=True)
-def _poison():
-    """torch.empty holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=["public", "reference", "triton"])
-def kernel(request, device):
-    if request.param == "public":
-        return public
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if device == "cpu" and torch.cuda.is_available():
-            pytest.skip("compiled for the GPU, not interpreted")
-    return import_module(f"ossia.kernels.rope.{request.param}")
 
 
 @pytest.fixture

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
-from ossia.kernels import route as public
-
+KERNEL = "route"
+pytestmark = pytest.mark.usefixtures("poison")
 DTYPES = [torch.float32, torch.bfloat16]
 # Of the gradient in hidden's dtype; weights are float32 in both.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3}
 
 
-@pytest.fixture(params=["reference", "triton", "public"])
-def route(request, device):
+@pytest.fixture
+def route(kernel):
     """The function of each module."""
-    if request.param == "public":
-        return public.route
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if device == "cpu" and torch.cuda.is_available():
-            pytest.skip("triton compiles for the GPU")
-    return importlib.import_module(f"ossia.kernels.route.{request.param}").route
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """New tensors that nothing fills hold NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    return kernel.route
 
 
 def oracle(hidden, weight, bias, top_k, probe):
