@@ -6,11 +6,10 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GptOssConfig
 
-from ossia.model import attention
 from ossia.model.gpt_oss import OssiaGptOssForCausalLM
+from ossia.model.load import on_host, put, unfilled
 
 # All that differs between openai/gpt-oss-20b and -120b, and a toy.
 _SIZES: dict[str, dict[str, Any]] = {
@@ -50,23 +49,13 @@ def random_model(
         seed: of the weights.
         dtype: of all but experts and routers.
     """
-    supported = attention.supports_flash(device, dtype)
-    config._attn_implementation = attention.NAME if supported else "eager"
-    config.output_router_logits, config.router_aux_loss_coef = False, 0.0
-    config.dtype = dtype
-    with torch.device("meta"):
-        model = OssiaGptOssForCausalLM(config, quantized=True)
+    model = unfilled(config, dtype, device, quantized=True)
     generator = torch.Generator(device).manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.startswith("model.rotary"):
             continue
-        owner, _, leaf = name.rpartition(".")
         value = _random(name, tensor.shape, device, dtype, generator)
-        if name in offload:
-            value = value.cpu().pin_memory()
-        kind = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-        setattr(model.get_submodule(owner), leaf, kind)
-    model.model.rotary_emb = attention.RotaryEmbedding(config).to(device)
+        put(model, name, on_host(value) if name in offload else value)
     return model.eval()
 
 

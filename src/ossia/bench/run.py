@@ -33,7 +33,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     from ossia.bench.model import config_of, random_model
     from ossia.model.load import pick_device, pick_dtype
     from ossia.train.recompute import apply_plan
-    from ossia.train.run import environment, expandable_memory, needs_autocast, plan_for
+    from ossia.train.run import environment, expandable_memory, plan_for, training_arguments
 
     expandable_memory()
     quiet_libraries()
@@ -59,8 +59,8 @@ def run(config: BenchConfig) -> dict[str, Any]:
     say(f"random weights of gpt-oss-{config.size}: {time.perf_counter() - started:.1f} s")
     if plan is not None:
         apply_plan(model, plan)
-    autocast = needs_autocast(dtype, plan)
-    seconds, kernels = _train(sft, model, shape.vocab_size, device, autocast, config.profile)
+    args = training_arguments(sft, False, dtype, device, plan)
+    seconds, kernels = _train(args, model, shape.vocab_size, config.max_length, config.profile)
     tokens = config.per_device_train_batch_size * config.max_length
     rates = [tokens / second for second in seconds[_WARM:]]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -94,7 +94,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
 
 
 def _train(
-    config: SftConfig, model: Any, vocabulary: int, device: Any, autocast: bool, profiled: bool
+    args: Any, model: Any, vocabulary: int, length: int, profiled: bool
 ) -> tuple[list[float], list[dict[str, Any]]]:
     """Seconds of each step; and where profiled the kernels of one more, the longest first."""
     import numpy as np
@@ -102,11 +102,11 @@ def _train(
 
     from ossia.data.collate import Collator
     from ossia.data.store import TokenRow
-    from ossia.train.run import training_arguments
     from ossia.train.trainer import SftTrainer
 
-    steps = config.max_steps
-    config.max_steps += profiled
+    steps, device = args.max_steps, args.device
+    args.max_steps += profiled
+    args.logging_strategy = "no"
     profiler = _profiler(device)
 
     class Clock(TrainerCallback):
@@ -126,15 +126,12 @@ def _train(
             say(f"step {len(self.seconds)}/{steps}  {self.seconds[-1]:.3f} s")
 
     draw = np.random.default_rng(0)
-    count = config.max_steps * config.per_device_train_batch_size
-    ids = draw.integers(0, vocabulary, (count, config.max_length), dtype=np.int32)
-    rows = [TokenRow(row, row, np.ones(config.max_length, np.float32)) for row in ids]
+    count = args.max_steps * args.per_device_train_batch_size
+    ids = draw.integers(0, vocabulary, (count, length), dtype=np.int32)
+    rows = [TokenRow(row, row, np.ones(length, np.float32)) for row in ids]
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        config.output_dir = folder
-        args = training_arguments(config, False, autocast, device.type == "cpu")
-        args.gradient_checkpointing = args.gradient_checkpointing and device.type == "cpu"
-        args.logging_strategy = "no"
+        args.output_dir = folder
         trainer = SftTrainer(
             model,
             base_model="",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ossia.kernels import expert_mlp
+from ossia.kernels.available import HAS_TRITON
 from ossia.kernels.expert_mlp import Frozen, Memory
 from ossia.model.names import PROJECTIONS, Projection
 
@@ -134,4 +134,4 @@ def fuses(hidden: Tensor) -> bool:
 
 @functools.cache
 def _gpu_fuses(device: torch.device) -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 0)

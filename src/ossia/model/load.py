@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections import defaultdict
 from collections.abc import Collection
@@ -13,10 +12,11 @@ import psutil
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, PreTrainedModel
 
 from ossia.console import progress, say
 from ossia.errors import OssiaError, UsageError, nearest
+from ossia.kernels.available import HAS_TRITON
 from ossia.kernels.mxfp4 import dequantize
 from ossia.model import attention
 from ossia.model.folder import read_json, resolve_model, weight_files
@@ -74,11 +74,10 @@ def pick_device(device: str) -> torch.device:
 
 def path_lines(device: torch.device, dropout: bool) -> list[str]:
     """Which kernels a gpt-oss run on a GPU from Ampere on takes, and what is slow about them."""
-    triton = importlib.util.find_spec("triton") is not None
     hopper = torch.cuda.get_device_capability(device) >= (9, 0)
     whole = "cuDNN" if hopper else "FlashAttention 2"
-    lines = [f"kernels: attention by {'Triton in windows, ' if triton else ''}{whole} elsewhere"]
-    if not triton:
+    lines = [f"kernels: attention by {'Triton in windows, ' if HAS_TRITON else ''}{whole} elsewhere"]
+    if not HAS_TRITON:
         lines.append("kernels: Triton is not installed, so experts, norms and loss take PyTorch's operations (slow)")
     elif dropout:
         lines.append("kernels: --lora_dropout is above 0, so adapters are not fused into their products (slow)")
@@ -117,7 +116,7 @@ def _load_other(folder: Path, dtype: torch.dtype, device: torch.device, offload:
     _check_offload(offload, parameters)
     model = model.to(device)
     for name in offload:
-        parameters[name].data = _on_host(parameters[name].data)
+        parameters[name].data = on_host(parameters[name].data)
     return model
 
 
@@ -129,20 +128,28 @@ def _load_gpt_oss(
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    quantized = on_disk_mxfp4 and _keep_mxfp4(config, dtype, device, experts)
+    model = unfilled(config, dtype, device, quantized, attn_impl)
+    _fill(model, folder, files, dtype, device, offload)
+    if (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def unfilled(
+    config: GptOssConfig, dtype: torch.dtype, device: torch.device, quantized: bool, attn_impl: str = "auto"
+) -> OssiaGptOssForCausalLM:
+    """gpt-oss whose weights are on no device yet; `put` gives them. What it computes by is set in `config`."""
     config._attn_implementation = _attention(attn_impl, dtype, device)
     # Left on, the auxiliary loss of the released config (0.9) would outweigh the language-model loss; TRL turns it on
     # where the coefficient is not 0.
     config.output_router_logits, config.router_aux_loss_coef = False, 0.0
     config.dtype = dtype
-    quantized = on_disk_mxfp4 and _keep_mxfp4(config, dtype, device, experts)
     with torch.device("meta"):
         model = OssiaGptOssForCausalLM(config, quantized=quantized)
-    _fill(model, folder, files, dtype, device, offload)
     model.model.rotary_emb = attention.RotaryEmbedding(config).to(device)
-    if (folder / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
@@ -194,7 +201,7 @@ def _fill(
     with progress(f"loading {folder.name}", round(size, 2), "GB") as advance:
         for name, tensor in read_tensors(by_file, device, host):
             for key, value in _placed(name, tensor, wanted, halves, dtype):
-                _put(model, key, _on_host(value) if key in offload else value)
+                put(model, key, on_host(value) if key in offload else value)
             advance(stored[name].nbytes / 1e9)
     seconds = time.monotonic() - started
     if size >= 1:
@@ -253,13 +260,15 @@ def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if ".router." in name else dtype
 
 
-def _on_host(tensor: Tensor) -> Tensor:
+def on_host(tensor: Tensor) -> Tensor:
+    """A GPU's tensor in page-locked host memory; a CPU's as it is."""
     if tensor.device.type == "cpu":
         return tensor
     return page_locked(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
 
 
-def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+def put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make a tensor the model's parameter or buffer of that name, frozen."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     held = nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor

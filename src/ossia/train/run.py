@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import platform
@@ -20,6 +19,7 @@ from ossia.data.prepare import prepare, split
 from ossia.data.sources import find_datasets
 from ossia.data.store import TokenRows
 from ossia.errors import OssiaError, UsageError
+from ossia.kernels.available import HAS_TRITON
 from ossia.model.folder import read_json, resolve_model, weight_files
 from ossia.model.tokenizer import load_tokenizer
 from ossia.template.options import template_from
@@ -165,7 +165,7 @@ def plan_for(
         accumulates=config.gradient_accumulation_steps > 1,
         parallel=int(os.environ.get("WORLD_SIZE", "1")) > 1,
         quantized=quantized,
-        fused=not (config.lora_dropout and targets[1]) and importlib.util.find_spec("triton") is not None,
+        fused=not (config.lora_dropout and targets[1]) and HAS_TRITON,
     )
     free = torch.cuda.mem_get_info(device)[0]
     budget = parse_bytes(config.memory_budget, "--memory_budget") if config.memory_budget else _usable(free)
@@ -219,9 +219,7 @@ def _train(
     device = pick_device(config.device)
     dtype = pick_dtype(config.torch_dtype, device)
     plan = _plan(config, targets, rows, held, device, dtype)
-    args = training_arguments(config, bool(held), needs_autocast(dtype, plan), device.type == "cpu")
-    if plan is not None:
-        args.gradient_checkpointing = False  # the plan says it layer by layer
+    args = training_arguments(config, bool(held), dtype, device, plan)
     state = PartialState(cpu=device.type == "cpu")
     set_seed(config.seed)
     model = load_model(
@@ -324,9 +322,13 @@ def _trainer(
     return trainer
 
 
-def training_arguments(config: SftConfig, has_eval: bool, bf16: bool, on_cpu: bool) -> TrainingArguments:
+def training_arguments(
+    config: SftConfig, has_eval: bool, dtype: torch.dtype, device: torch.device, plan: Plan | None
+) -> TrainingArguments:
     """transformers' arguments for a run; UsageError where a value is none of its own (a schedule, an optimizer)."""
     from transformers import TrainingArguments
+
+    on_cpu = device.type == "cpu"
 
     same = (
         "num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
@@ -337,11 +339,12 @@ def training_arguments(config: SftConfig, has_eval: bool, bf16: bool, on_cpu: bo
         return TrainingArguments(
             output_dir=config.output_dir,
             **{name: getattr(config, name) for name in same.split()},
-            gradient_checkpointing=config.gradient_checkpointing != "false",
+            # A plan says it layer by layer.
+            gradient_checkpointing=plan is None and config.gradient_checkpointing != "false",
             eval_strategy=config.eval_strategy or ("steps" if has_eval else "no"),
             warmup_steps=config.warmup_steps or config.warmup_ratio,
             lr_scheduler_kwargs=config.lr_scheduler_kwargs or None,
-            bf16=bf16,
+            bf16=needs_autocast(dtype, plan),
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
             dataloader_num_workers=_workers(config.dataloader_num_workers),

@@ -13,7 +13,6 @@ Gradients go to q, k and v; sinks are frozen.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections import Counter
 
 import torch
@@ -22,10 +21,10 @@ from torch import Tensor
 from ossia.kernels.attention.cudnn import attention as cudnn
 from ossia.kernels.attention.flash import attention as flash
 from ossia.kernels.attention.reference import attention as reference
+from ossia.kernels.available import HAS_TRITON
 
 __all__ = ["cudnn", "fastest", "flash", "reference", "worth_cudnn"]
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 # cuDNN builds a plan for each new shape, which takes 0.15 s on an H100: about what FlashAttention loses on eight
 # batches of 4 × 4,096 tokens in 12 layers. A shape that has come thrice at that size is likely to come again.
 _WORTH_A_PLAN = 2 * 4 * 4096**2
@@ -45,7 +44,7 @@ def fastest(
 ) -> Tensor:
     """[B, S, N, D] bfloat16, from bfloat16 tensors on a GPU; `longest` is that of `flash`."""
     length = q_BSND.shape[1]
-    if window is not None and window < length and _HAS_TRITON:
+    if window is not None and window < length and HAS_TRITON:
         from ossia.kernels.attention.window import attention as windowed
 
         return windowed(q_BSND, k_BSMD, v_BSMD, sinks_N, scale, window, bounds)

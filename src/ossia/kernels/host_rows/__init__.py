@@ -6,11 +6,9 @@ an H100); without Triton the host gathers them. The table is frozen.
 
 from __future__ import annotations
 
-import importlib.util
-
 from torch import Tensor
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+from ossia.kernels.available import HAS_TRITON
 
 __all__ = ["host_rows"]
 
@@ -22,7 +20,7 @@ def host_rows(table_VH: Tensor, index: Tensor) -> Tensor:
         table_VH: contiguous; pinned where the index is on a GPU.
         index: int64 [...], every value in [0, V).
     """
-    if index.is_cuda and _HAS_TRITON:
+    if index.is_cuda and HAS_TRITON:
         from ossia.kernels.host_rows.triton import host_rows as gather
 
         return gather(table_VH, index)

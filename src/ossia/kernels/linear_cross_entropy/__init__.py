@@ -17,16 +17,13 @@ float32 copies of a chunk's logits.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from ossia.kernels.available import HAS_TRITON
 from ossia.kernels.linear_cross_entropy import reference
 
 __all__ = ["linear_cross_entropy"]
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def linear_cross_entropy(
@@ -39,7 +36,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Loss and right guesses, by the fastest implementation for the device; see `reference.linear_cross_entropy`."""
     inputs = (hidden_TH, weight_VH, labels_T, weights_T, chunk, label_smoothing)
-    if hidden_TH.is_cuda and hidden_TH.dtype == torch.bfloat16 and _HAS_TRITON:
+    if hidden_TH.is_cuda and hidden_TH.dtype == torch.bfloat16 and HAS_TRITON:
         from ossia.kernels.linear_cross_entropy import triton
 
         return triton.linear_cross_entropy(*inputs)

@@ -19,17 +19,14 @@ may rest in pinned host memory, where `out` is on the GPU: it reads them across 
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from ossia.kernels.available import HAS_TRITON
 from ossia.kernels.mxfp4 import reference
 from ossia.kernels.mxfp4.reference import BLOCK, quantize
 
 __all__ = ["BLOCK", "dequantize", "quantize"]
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def dequantize(
@@ -37,7 +34,7 @@ def dequantize(
 ) -> Tensor:
     """Expand MXFP4 to `dtype`, by the fastest implementation for the device; see `reference.dequantize`."""
     regular = out is None or out.is_contiguous() or (out.ndim == 3 and out.stride(2) == 1)
-    if (blocks if out is None else out).is_cuda and dtype == torch.bfloat16 and regular and _HAS_TRITON:
+    if (blocks if out is None else out).is_cuda and dtype == torch.bfloat16 and regular and HAS_TRITON:
         from ossia.kernels.mxfp4 import triton
 
         return triton.dequantize(blocks, scales, out)

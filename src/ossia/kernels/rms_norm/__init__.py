@@ -15,16 +15,13 @@ gradient.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from ossia.kernels.available import HAS_TRITON
 from ossia.kernels.rms_norm import reference
 
 __all__ = ["add_rms_norm", "rms_norm"]
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -61,7 +58,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> t
 
 
 def _takes_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64 and _HAS_TRITON
+    return x.is_cuda and x.dtype != torch.float64 and HAS_TRITON
 
 
 def _check(x: Tensor, weight_H: Tensor) -> None:

@@ -15,16 +15,13 @@ and in bfloat16 each product and sum as well: there ours is the one closer to fl
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from ossia.kernels.available import HAS_TRITON
 from ossia.kernels.rope import reference
 
 __all__ = ["rope"]
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def rope(x_BSND: Tensor, cos_BSD2: Tensor, sin_BSD2: Tensor) -> Tensor:
@@ -42,7 +39,7 @@ def rope(x_BSND: Tensor, cos_BSD2: Tensor, sin_BSD2: Tensor) -> Tensor:
             f"expected x [B, S, N, D], D even, with cos and sin [B or 1, S, D/2]; "
             f"got {list(x_BSND.shape)}, {list(cos_BSD2.shape)} and {list(sin_BSD2.shape)}"
         )
-    if x_BSND.is_cuda and x_BSND.dtype != torch.float64 and _HAS_TRITON:
+    if x_BSND.is_cuda and x_BSND.dtype != torch.float64 and HAS_TRITON:
         from ossia.kernels.rope import triton
 
         return triton.rope(x_BSND, cos_BSD2, sin_BSD2)

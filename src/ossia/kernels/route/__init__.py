@@ -11,20 +11,17 @@ float32 copy of it where it is bfloat16, and on a GPU multiplies in TF32 where t
 
 from __future__ import annotations
 
-import importlib.util
-
 from torch import Tensor
 
+from ossia.kernels.available import HAS_TRITON
 from ossia.kernels.route import reference
 
 __all__ = ["route"]
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-
 
 def route(hidden_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Experts and their weights, by the fastest implementation for the device; see `reference.route`."""
-    if hidden_TH.is_cuda and _HAS_TRITON:
+    if hidden_TH.is_cuda and HAS_TRITON:
         from ossia.kernels.route import triton
 
         return triton.route(hidden_TH, weight_EH, bias_E, top_k)

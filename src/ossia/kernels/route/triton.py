@@ -11,9 +11,16 @@ from torch import Tensor
 
 from ossia.kernels.sizes import ceil_div, power_of_two
 
-# Of tokens and columns a tile, the fastest on an H100 of seven tried.
-_FORWARD = {"BT": 64, "BH": 128}
+# Of tokens and columns a tile, the fastest for 32 experts on an H100 of seven tried.
+_FORWARD = {"BT": 64, "BH": 128, "num_warps": 4}
+# With 128 experts that tile would take 244 KB of shared memory, which no GPU has.
+_FORWARD_OF_MANY = {"BT": 32, "BH": 64, "num_warps": 8}
 _BACKWARD = {"BT": 32, "BH": 128, "num_warps": 4}
+
+
+def tile_for(experts: int) -> dict[str, int]:
+    """The forward kernel's tile and warps."""
+    return _FORWARD if experts <= 32 else _FORWARD_OF_MANY
 
 
 @triton.jit
@@ -108,8 +115,8 @@ class _Route(torch.autograd.Function):
         index_TK = torch.empty((length, top_k), dtype=torch.int64, device=hidden_TH.device)
         weight_TK = torch.empty((length, top_k), dtype=torch.float32, device=hidden_TH.device)
         if length:
-            padded = max(16, power_of_two(experts))
-            _forward[(ceil_div(length, _FORWARD["BT"]),)](
+            tile = tile_for(experts)
+            _forward[(ceil_div(length, tile["BT"]),)](
                 hidden_TH.contiguous(),
                 router_EH,
                 bias_E.contiguous(),
@@ -118,12 +125,11 @@ class _Route(torch.autograd.Function):
                 *hidden_TH.shape,
                 E=experts,
                 K=top_k,
-                EP=padded,
+                EP=max(16, power_of_two(experts)),
                 KP=power_of_two(top_k),
                 # Triton's interpreter cannot multiply bfloat16.
                 EXACT=hidden_TH.is_cuda and hidden_TH.dtype == torch.bfloat16,
-                num_warps=4 if padded <= 64 else 8,
-                **_FORWARD,
+                **tile,
             )
         ctx.dtype = hidden_TH.dtype
         ctx.save_for_backward(index_TK, weight_TK, router_EH)
