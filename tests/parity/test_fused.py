@@ -76,3 +76,21 @@ def test_every_plan_gives_the_loss_and_gradients_of_the_general_path(tiny_gpt_os
     assert grads.keys() == got[2].keys()
     for key, grad in grads.items():
         assert (got[2][key] - grad).norm() <= 1e-4 * grad.norm(), key
+
+
+def test_a_layer_computed_again_drops_the_same(tiny_gpt_oss):
+    ids, weights = torch.randint(0, 250, (2, 21)), torch.rand(2, 21)
+    results = []
+    for kind in ("none", "layer"):
+        torch.manual_seed(0)
+        model = add_lora(load_model(tiny_gpt_oss, experts="mxfp4"), rank=5, dropout=0.4).train()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        sizes = Sizes(2, 64, 32, 4, 2, 4, 2, 16, 266, 42, 5, 1, fused=False)
+        apply_plan(model, Plan(sizes, (kind,) * 2, 0), dropout=True)
+        loss = model(input_ids=ids, labels=ids, loss_weights=weights).loss
+        loss.backward()
+        # What is drawn afterwards does not depend on it either.
+        results.append((loss, torch.rand(1), *(p.grad for p in model.parameters() if p.requires_grad)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

@@ -82,7 +82,12 @@ def _again(store: HostStore | None, dropout: bool) -> Callable[..., Tensor]:
     """In the place of transformers' checkpointing function: takes a layer and its input."""
     # The first layer's input needs no gradient, but its adapters do.
     anchor = torch.empty(0, requires_grad=True)
-    return lambda run, x: _Again.apply(run, store, dropout, x, anchor)
+
+    def call(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        # What no backward will ask for must not wait in the store.
+        return _Again.apply(run, store, dropout, x, anchor) if torch.is_grad_enabled() else run(x)
+
+    return call
 
 
 class HostStore:
