@@ -95,9 +95,9 @@ def ossia_step(model: Path, adapter: Path, ids: Tensor, routes: list[Tensor]) ->
     base = load_model(model, torch_dtype="bfloat16", device=ids.device.type)
     network = load_adapter(base, adapter, trainable=True)
 
-    def route(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index = routes.pop(0)
-        return index, F.linear(hidden.float(), self.weight, self.bias).gather(1, index).softmax(-1)
+        return index, F.linear(hidden.float(), self.weight, self.bias).gather(1, index).softmax(-1), hidden
 
     weights = torch.ones_like(ids, dtype=torch.float32)
     with mock.patch.object(Router, "forward", route):

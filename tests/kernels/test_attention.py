@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from itertools import pairwise
 
@@ -28,6 +29,24 @@ def test_reference_equals_transformers(window):
     module.num_key_value_groups, module.sinks = 3, sinks
     expected, _ = eager_attention_forward(module, *(x.transpose(1, 2) for x in (q, k, v)), mask[None, None], 0.25)
     assert torch.allclose(attention.reference(q, k, v, sinks, 0.25, window), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["reference", "triton"])
+@pytest.mark.parametrize(("batch", "length", "heads"), [(2, 77, 3), (1, 1, 1), (1, 64, 2)])
+def test_sinks_take_their_share_of_an_answer_and_of_its_sum(kind, batch, length, heads):
+    if kind == "triton":
+        pytest.importorskip("triton")
+    module = importlib.import_module(f"ossia.kernels.attention.sinks{'_triton' if kind == 'triton' else ''}")
+    apply_ = module.apply_sinks_ if kind == "triton" else module.reference_
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(length)
+    out = torch.randn(batch, length, heads, 16, device=device).transpose(1, 2)
+    lse, sinks = torch.randn(batch, heads, length, device=device) * 40, torch.randn(heads, device=device) * 40
+    exact, total = out.double(), lse.double().logaddexp(sinks.double()[:, None])
+    exact *= (lse - total).exp()[..., None]
+    apply_(out, lse, sinks)
+    assert torch.allclose(out.double(), exact, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(lse.double(), total, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

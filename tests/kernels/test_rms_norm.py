@@ -147,6 +147,22 @@ def test_one_tensor_as_both(kernel, device):
     assert (x.grad.double() - x64.grad).norm() <= 1e-5 * x64.grad.norm()
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_a_residual_what_goes_on_beside_adds_to_the_gradient(kernel, device, shape, dtype):
+    x, _, weight = case(shape, dtype, device)
+    total, y = kernel.add_rms_norm(x, None, weight, EPS)
+    assert torch.equal(total, x)
+    probes = torch.randn_like(x), torch.randn_like(y)
+    torch.autograd.backward([total, y], list(probes))
+    x64 = x.detach().double().requires_grad_()
+    torch.autograd.backward([x64 * 1, exact(x64, weight)], [probe.double() for probe in probes])
+    if kernel.__name__.endswith("triton"):
+        close(x.grad, x64.grad, dtype, tolerance(kernel, device, dtype))
+    else:
+        assert (x.grad.double() - x64.grad).norm() <= 2 * TOLERANCE[dtype][0] * x64.grad.norm()
+
+
 def test_no_rows(kernel, device):
     x, residual, weight = case((0, 48), torch.float32, device)
     total, y = kernel.add_rms_norm(x, residual, weight, EPS)

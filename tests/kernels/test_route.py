@@ -14,8 +14,8 @@ TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3}
 
 @pytest.fixture
 def route(kernel):
-    """The function of each module."""
-    return kernel.route
+    """Experts and weights by each module."""
+    return lambda *inputs: kernel.route(*inputs)[:2]
 
 
 def oracle(hidden, weight, bias, top_k, probe):
@@ -110,6 +110,23 @@ def test_only_hidden_gets_a_gradient_and_weights_stay_float32_under_autocast(rou
         assert all(torch.equal(a, b) for a, b in zip(route(hidden, weight, bias, 2), (index, share), strict=True))
     with torch.no_grad():
         assert not route(hidden, weight, bias, 2)[1].requires_grad
+
+
+@pytest.mark.parametrize("used", ["both", "hidden", "weights"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_reads_hidden_next_adds_to_its_gradient(kernel, device, dtype, used):
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 181).to(device, dtype).requires_grad_()
+    weight, bias = torch.randn(5, 181).to(device) / 13, torch.randn(5).to(device)
+    _, share, same = kernel.route(hidden, weight, bias, 2)
+    assert torch.equal(same, hidden)
+    probe, beside = torch.randn_like(share), torch.randn_like(hidden)
+    _, _, grad = oracle(hidden, weight, bias, 2, probe)
+    parts = {"hidden": (same, beside, beside.double()), "weights": (share, probe, grad)}
+    chosen = list(parts.values()) if used == "both" else [parts[used]]
+    torch.autograd.backward([part[0] for part in chosen], [part[1] for part in chosen])
+    want = sum(part[2] for part in chosen)
+    assert (hidden.grad.double() - want).norm() <= TOLERANCE[dtype] * want.norm()
 
 
 def test_views_and_no_tokens(route, device):

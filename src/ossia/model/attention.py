@@ -97,7 +97,8 @@ class RotaryEmbedding(GptOssRotaryEmbedding):
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """[B or 1, S, D/2] float32 each."""
-        return super().forward(x.new_empty(0, dtype=torch.float32), position_ids)
+        cos, sin = super().forward(x.new_empty(0, dtype=torch.float32), position_ids)
+        return cos.contiguous(), sin.contiguous()
 
 
 def supports_flash(device: torch.device, dtype: torch.dtype) -> bool:

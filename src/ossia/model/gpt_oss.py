@@ -43,8 +43,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(shape[0], dtype=torch.float32), requires_grad=False)
 
-    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts' numbers and weights, [T, K] each."""
+    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Experts' numbers and weights, [T, K] each, and `hidden_TH` for the experts."""
         return route(hidden_TH, self.weight, self.bias, self.top_k)
 
 
@@ -59,7 +59,7 @@ class MoE(nn.Module):
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[B, S, H] → [B, S, H], with `residual` added where given, and the experts' weights [B·S, K]."""
         flat_TH = hidden.reshape(-1, hidden.shape[-1])
-        index_TK, weight_TK = self.router(flat_TH)
+        index_TK, weight_TK, flat_TH = self.router(flat_TH)
         added = residual if residual is None else residual.reshape(flat_TH.shape)
         return self.experts(flat_TH, index_TK, weight_TK, added).view_as(hidden), weight_TK
 
@@ -98,10 +98,10 @@ class DecoderLayer(GptOssDecoderLayer):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         """[B, S, H] → [B, S, H]."""
-        normal = self.input_layernorm(hidden_states)
+        before, after = self.input_layernorm, self.post_attention_layernorm
+        hidden_states, normal = add_rms_norm(hidden_states, None, before.weight, before.variance_epsilon)
         attended, _ = self.self_attn(hidden_states=normal, attention_mask=attention_mask, **kwargs)
-        norm = self.post_attention_layernorm
-        total, normal = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
+        total, normal = add_rms_norm(attended, hidden_states, after.weight, after.variance_epsilon)
         return self.mlp(normal, total)[0]
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ossia.kernels.attention.sinks import apply_sinks_
+
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 
@@ -24,10 +26,9 @@ class _CudnnSinks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks_N: Tensor, scale: float) -> Tensor:
         out, lse, *lengths, seed, offset, _ = _forward(q, k, v, None, True, 0.0, True, False, scale=scale)
-        sinks = sinks_N.float()[:, None, None]
-        out.mul_(torch.sigmoid(lse - sinks))
+        apply_sinks_(out, lse.view(out.shape[:3]), sinks_N)
         ctx.scale, ctx.lengths = scale, lengths
-        ctx.save_for_backward(q, k, v, out, torch.logaddexp(lse, sinks), seed, offset)
+        ctx.save_for_backward(q, k, v, out, lse, seed, offset)
         return out
 
     @staticmethod

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ossia.kernels.attention.sinks import apply_sinks_
+
 _forward = torch.ops.aten._flash_attention_forward
 _backward = torch.ops.aten._flash_attention_backward
 
@@ -54,12 +56,10 @@ class _FlashSinks(torch.autograd.Function):
         left = None if window is None or window >= length else window - 1
         ctx.options = {"scale": scale, "window_size_left": left, "window_size_right": None if left is None else 0}
         out, lse, rng, unused, _ = _forward(q, k, v, bounds, bounds, length, length, 0.0, True, False, **ctx.options)
-        # [B, N, S]; with bounds [N, B·S], and out [B·S, N, D].
-        sinks = sinks_N.float()[:, None]
-        share = torch.sigmoid(lse - sinks)
-        out = out * share.transpose(-1, -2)[..., None].to(out.dtype)
+        # With bounds, out is [B·S, N, D] and lse [N, B·S].
+        apply_sinks_(*_batched(out, lse), sinks_N)
         ctx.length = length
-        ctx.save_for_backward(q, k, v, out, torch.logaddexp(lse, sinks), rng, unused, bounds)
+        ctx.save_for_backward(q, k, v, out, lse, rng, unused, bounds)
         return out
 
     @staticmethod
@@ -68,3 +68,9 @@ class _FlashSinks(torch.autograd.Function):
         last = (bounds, bounds, ctx.length, ctx.length, 0.0, True, rng, unused)
         gradients = _backward(grads[0].contiguous(), q, k, v, out, lse, *last, **ctx.options)
         return (*gradients, None, None, None, None, None)
+
+
+def _batched(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Views [B, N, S, D] and [B, N, S], of one row where documents were packed."""
+    views = out.transpose(-2, -3), lse
+    return views if out.dim() == 4 else (views[0][None], views[1][None])

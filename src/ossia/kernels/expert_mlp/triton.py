@@ -6,6 +6,8 @@ R rank rounded up to 16. A "tail" is the R columns behind a row's own, in the sa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,8 +19,8 @@ from ossia.kernels.sizes import ceil_div, power_of_two
 
 # Rows and columns of a tile, and how many warps share it: near the fastest of some thirty each on an H100.
 _GATHER = {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2}
-_SWIGLU = {"ROWS": 32, "COLS": 32, "num_warps": 8, "num_stages": 3}
-_SWIGLU_BACKWARD = {"ROWS": 64, "COLS": 32, "num_warps": 4, "num_stages": 3}
+_SWIGLU = {"ROWS": 64, "COLS": 64, "num_warps": 8, "num_stages": 1}
+_SWIGLU_BACKWARD = {"ROWS": 32, "COLS": 64, "num_warps": 4, "num_stages": 3}
 _OUTER = {"ROWS": 64, "COLS": 128, "num_warps": 8, "num_stages": 3}
 
 
@@ -188,22 +190,33 @@ def gather(
     return out, thin, dots
 
 
+def _pairs(kind: torch.dtype) -> tuple[torch.dtype, dict[str, Any]]:
+    """The integer that holds a gate and its up, and how a kernel takes it apart: neighbours then lie in one thread, in
+    the layout of everything else, which `tl.split` would not have."""
+    if kind.itemsize == 2:
+        return torch.int32, {"BITS": 16, "half": tl.int16}
+    return torch.int64, {"BITS": 32, "half": tl.int32}
+
+
 @triton.jit
-def _gate_and_up(gate_up, bias, rows, m, inside, stride, expert, M: tl.constexpr, COLS: tl.constexpr,
-                 ROWS: tl.constexpr):  # fmt: skip
-    """A block's gate and up values with their biases, float32 [ROWS, COLS] each; column pairs lie side by side."""
-    pair = 2 * m + tl.arange(0, 2 * COLS)
-    mask = inside[:, None] & (pair < 2 * M)[None, :]
-    value = tl.load(gate_up + rows[:, None] * stride + pair[None, :], mask=mask, other=0.0).to(tl.float32)
-    value += tl.load(bias + expert * 2 * M + pair, mask=pair < 2 * M, other=0.0).to(tl.float32)[None, :]
-    return tl.split(tl.reshape(value, (ROWS, COLS, 2)))
+def _apart(pair, kind: tl.constexpr, BITS: tl.constexpr, half: tl.constexpr):
+    """Gate and up of integers that hold two values of `kind`, gate in the low half; float32 both."""
+    gate = pair.to(half).to(kind, bitcast=True).to(tl.float32)
+    return gate, (pair >> BITS).to(half).to(kind, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _together(gate, up, BITS: tl.constexpr, half: tl.constexpr, whole: tl.constexpr):
+    """The inverse of `_apart`, of two tensors of `kind`."""
+    low = gate.to(half, bitcast=True).to(whole) & ((1 << BITS) - 1)
+    return low | (up.to(half, bitcast=True).to(whole) << BITS)
 
 
 @triton.jit
 def _swiglu_kernel(
     gate_up, bias, offsets, matrix, out, thin, scale, alpha, limit, in_stride, out_stride,
     M: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, R2: tl.constexpr,
-    COLS: tl.constexpr, ROWS: tl.constexpr,
+    BITS: tl.constexpr, half: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     expert, first, end = _block_of(offsets, tl.program_id(0), E, E2, ROWS)
     if expert >= E:
@@ -211,19 +224,23 @@ def _swiglu_kernel(
     rows = (first + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < end
     r = tl.arange(0, R2)
+    kind: tl.constexpr = out.dtype.element_ty
     acc = tl.zeros((ROWS, R2), tl.float32)
     for at in range(0, M, COLS):
         m = at + tl.arange(0, COLS)
-        gate, up = _gate_and_up(gate_up, bias, rows, at, inside, in_stride, expert, M, COLS, ROWS)
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-        act = ((up + 1) * gate * tl.sigmoid(alpha * gate)).to(out.dtype.element_ty)
         mask = inside[:, None] & (m < M)[None, :]
+        gate, up = _apart(
+            tl.load(gate_up + rows[:, None] * in_stride + m[None, :], mask=mask, other=0), kind, BITS, half
+        )
+        b_gate, b_up = _apart(tl.load(bias + expert * M + m, mask=m < M, other=0), kind, BITS, half)
+        gate = tl.minimum(gate + b_gate[None, :], limit)
+        up = tl.minimum(tl.maximum(up + b_up[None, :], -limit), limit)
+        act = ((up + 1) * gate * tl.sigmoid(alpha * gate)).to(kind)
         tl.store(out + rows[:, None] * out_stride + m[None, :], act, mask=mask)
         if RANK > 0:
             part = matrix + expert.to(tl.int64) * M * RANK + m[:, None] * RANK + r[None, :]
             factor = tl.load(part, mask=(m < M)[:, None] & (r < RANK)[None, :], other=0.0)
-            acc = tl.dot(act, factor.to(act.dtype), acc, input_precision="ieee")
+            acc = tl.dot(act, factor.to(kind), acc, input_precision="ieee")
     if RANK > 0:
         _store_tail(acc, scale, rows, inside, out, out_stride, M, thin, RANK, R, R2)
 
@@ -249,20 +266,21 @@ def swiglu(
     tail = padded(rank)
     out = gate_up_SX.new_empty(count, inner + tail)
     thin = gate_up_SX.new_empty(count, tail)
+    pairs, options = _pairs(gate_up_SX.dtype)
     _swiglu_kernel[_grid(count, experts, _SWIGLU)](
-        gate_up_SX, bias_E2M, offsets_E, gate_up_SX if matrix_EMr is None else matrix_EMr, out, thin, scale, alpha,
-        limit, gate_up_SX.stride(0), out.stride(0),
-        M=inner, E=experts, E2=power_of_two(experts), RANK=rank, R=tail, R2=_dot_width(rank), **_SWIGLU,
+        gate_up_SX.view(pairs), bias_E2M.view(pairs), offsets_E, gate_up_SX if matrix_EMr is None else matrix_EMr, out,
+        thin, scale, alpha, limit, gate_up_SX.stride(0) // 2, out.stride(0),
+        M=inner, E=experts, E2=power_of_two(experts), RANK=rank, R=tail, R2=_dot_width(rank), **options, **_SWIGLU,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _swiglu_backward_kernel(
-    gate_up, bias, order, offsets, shared, weight, biased, matrix_a, matrix_b, thin_a, thin_b, dots, scale, alpha,
-    limit, stride,
+    gate_up, bias, order, offsets, shared, weight, biased, matrix_a, matrix_b, thin_a, thin_b, tail, dots, scale,
+    alpha, limit, stride,
     M: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, R2: tl.constexpr,
-    COLS: tl.constexpr, ROWS: tl.constexpr,
+    BITS: tl.constexpr, half: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     expert, first, end = _block_of(offsets, tl.program_id(0), E, E2, ROWS)
     if expert >= E:
@@ -275,41 +293,41 @@ def _swiglu_backward_kernel(
     acc_a = tl.zeros((ROWS, R2), tl.float32)
     acc_b = tl.zeros((ROWS, R2), tl.float32)
     dot = tl.zeros((ROWS,), tl.float32)
-    kind = gate_up.dtype.element_ty
+    kind: tl.constexpr = shared.dtype.element_ty
     for at in range(0, M, COLS):
         m = at + tl.arange(0, COLS)
-        gate, up = _gate_and_up(gate_up, bias, rows, at, inside, stride, expert, M, COLS, ROWS)
+        mask = inside[:, None] & (m < M)[None, :]
+        at_pair = gate_up + rows[:, None] * stride + m[None, :]
+        gate, up = _apart(tl.load(at_pair, mask=mask, other=0), kind, BITS, half)
+        b_gate, b_up = _apart(tl.load(bias + expert * M + m, mask=m < M, other=0), kind, BITS, half)
+        gate += b_gate[None, :]
+        up += b_up[None, :]
         gate_on = gate <= limit
         up_on = (up <= limit) & (up >= -limit)
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit) + 1
         share = tl.sigmoid(alpha * gate)
         act = up * gate * share
-        mask = inside[:, None] & (m < M)[None, :]
         at_m = shared + rows[:, None] * M + m[None, :]
         back = tl.load(at_m, mask=mask, other=0.0).to(tl.float32)
         dot += tl.sum(act * back, 1)
         act = act.to(kind)
         tl.store(at_m, act, mask=mask)
         back *= weight_S
-        d_gate = tl.where(gate_on, back * up * share * (1 + alpha * gate * (1 - share)), 0.0)
-        d_up = tl.where(up_on, back * gate * share, 0.0)
-        d_pair = tl.interleave(d_gate, d_up).to(kind)
-        pair = 2 * at + tl.arange(0, 2 * COLS)
-        tl.store(
-            gate_up + rows[:, None] * stride + pair[None, :], d_pair, mask=inside[:, None] & (pair < 2 * M)[None, :]
-        )
+        d_gate = tl.where(gate_on, back * up * share * (1 + alpha * gate * (1 - share)), 0.0).to(kind)
+        d_up = tl.where(up_on, back * gate * share, 0.0).to(kind)
+        tl.store(at_pair, _together(d_gate, d_up, BITS, half, gate_up.dtype.element_ty), mask=mask)
         if RANK > 0:
+            known = (m < M)[:, None] & (r < RANK)[None, :]
             part = matrix_a + expert.to(tl.int64) * M * RANK + m[:, None] * RANK + r[None, :]
-            factor = tl.load(part, mask=(m < M)[:, None] & (r < RANK)[None, :], other=0.0)
-            acc_a = tl.dot(act, factor.to(kind), acc_a, input_precision="ieee")
-            part = matrix_b + expert.to(tl.int64) * 2 * M * RANK + pair[:, None] + r[None, :] * 2 * M
-            factor = tl.load(part, mask=(pair < 2 * M)[:, None] & (r < RANK)[None, :], other=0.0)
-            acc_b = tl.dot(d_pair, factor.to(kind), acc_b, input_precision="ieee")
+            acc_a = tl.dot(act, tl.load(part, mask=known, other=0.0).to(kind), acc_a, input_precision="ieee")
+            part = matrix_b + expert.to(tl.int64) * 2 * M * RANK + 2 * m[:, None] + r[None, :] * 2 * M
+            acc_b = tl.dot(d_gate, tl.load(part, mask=known, other=0.0).to(kind), acc_b, input_precision="ieee")
+            acc_b = tl.dot(d_up, tl.load(part + 1, mask=known, other=0.0).to(kind), acc_b, input_precision="ieee")
     if RANK > 0:
         value = (acc_a * scale).to(kind)
         tl.store(thin_a + rows[:, None] * R + r[None, :], value, mask=inside[:, None] & (r < R)[None, :])
-        _store_tail(acc_b, scale, rows, inside, gate_up, stride, 2 * M, thin_b, RANK, R, R2)
+        _store_tail(acc_b, scale, rows, inside, tail, 2 * stride, 2 * M, thin_b, RANK, R, R2)
     dot += tl.load(biased + rows, mask=inside, other=0.0)
     tl.store(dots + slot, dot, mask=inside)
 
@@ -347,11 +365,12 @@ def swiglu_backward_(
     thin_a, thin_b = gate_up_SX.new_empty(count, tail), gate_up_SX.new_empty(count, tail)
     dots_TK = torch.empty_like(weight_TK)
     nothing = gate_up_SX
+    pairs, options = _pairs(gate_up_SX.dtype)
     _swiglu_backward_kernel[_grid(count, experts, _SWIGLU_BACKWARD)](
-        gate_up_SX, bias_E2M, order_S, offsets_E, back_SM, weight_TK, biased_S, nothing if a_EMr is None else a_EMr,
-        nothing if b_Er2M is None else b_Er2M, thin_a, thin_b, dots_TK, scale, alpha, limit,
-        gate_up_SX.stride(0),
-        M=inner, E=experts, E2=power_of_two(experts), RANK=rank, R=tail, R2=_dot_width(rank),
+        gate_up_SX.view(pairs), bias_E2M.view(pairs), order_S, offsets_E, back_SM, weight_TK, biased_S,
+        nothing if a_EMr is None else a_EMr, nothing if b_Er2M is None else b_Er2M, thin_a, thin_b, gate_up_SX, dots_TK,
+        scale, alpha, limit, gate_up_SX.stride(0) // 2,
+        M=inner, E=experts, E2=power_of_two(experts), RANK=rank, R=tail, R2=_dot_width(rank), **options,
         **_SWIGLU_BACKWARD,
     )  # fmt: skip
     return thin_a, thin_b, dots_TK

@@ -5,7 +5,8 @@ Contract, the same for every implementation in this folder; H is the hidden size
 - `rms_norm(x, weight_H, eps)` is `(weight * (x * rsqrt(mean(x²) + eps))).to(x.dtype)` along the last axis, as
   transformers' `GptOssRMSNorm`: one rounding, at the end.
 - `add_rms_norm(x, residual, weight_H, eps)` is `(total, rms_norm(total, ...))` with `total = x + residual` rounded to
-  x's dtype before it is normalized. x and residual receive one gradient, that of `total` as a whole.
+  x's dtype before it is normalized. x and residual receive one gradient, that of `total` as a whole. Without a residual
+  `total` is x: what goes on beside the norm adds to its gradient in the norm's own pass.
 
 Sums and products are float32 (float64 for float64 inputs). The weight may have another dtype than x; it gets no
 gradient.
@@ -40,13 +41,13 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     return reference.rms_norm(x, weight_H, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`(total, y)`, both [..., H] in x's dtype, differentiable in x and residual; `rms_norm` says the rest.
 
     `residual` has x's shape and dtype.
     """
     _check(x, weight_H)
-    if residual.shape != x.shape or residual.dtype != x.dtype:
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"residual must be like x, {list(x.shape)} {x.dtype}; got {list(residual.shape)} {residual.dtype}"
         )

@@ -13,7 +13,7 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     return (weight_H.detach() * normal).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`(total, y)`, both [..., H] in x's dtype; differentiable in x and residual."""
-    total = x + residual
+    total = x if residual is None else x + residual
     return total, rms_norm(total, weight_H, eps)

@@ -53,7 +53,7 @@ def _layout(x: Tensor) -> tuple[int, dict[str, int]]:
 
 
 def _normalize(x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, or x without a residual; y; float32 reciprocal root mean square [R])."""
+    """(total, which is x without a residual; y; float32 reciprocal root mean square [R])."""
     x, weight_H = x.contiguous(), weight_H.contiguous()
     rows, layout = _layout(x)
     y, rstd_R = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -92,7 +92,7 @@ class _RmsNorm(torch.autograd.Function):
 
 class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         total, y, rstd_R = _normalize(x, residual, weight_H, eps)
         ctx.save_for_backward(total, weight_H, rstd_R)
         # The last layer's total goes nowhere: no zeros are made for its gradient.
@@ -104,7 +104,7 @@ class _AddRmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_total, grad_y = grads
         grad = grad_total if grad_y is None else _gradient(ctx, grad_y, grad_total)
-        return grad, grad, None, None
+        return grad, grad if ctx.needs_input_grad[1] else None, None, None
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -112,6 +112,6 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x, weight_H, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`(total, y)`, both [..., H] in x's dtype; differentiable in x and residual, once."""
     return _AddRmsNorm.apply(x, residual, weight_H, eps)

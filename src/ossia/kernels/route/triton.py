@@ -82,8 +82,8 @@ def _forward(
 
 @triton.jit
 def _backward(
-    index, weight, grad, router, out, T, H, K: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr
-):  # grad of weight, out of hidden
+    index, weight, grad, beside, router, out, T, H, K: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr
+):  # grad of weight, out of hidden, of which beside is what comes from elsewhere
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     at = tl.program_id(1) * BH + tl.arange(0, BH)
     real = token < T
@@ -99,17 +99,21 @@ def _backward(
         chosen = tl.load(index + token * K + k, mask=real, other=0)
         row = tl.load(router + chosen[:, None] * H + at[None, :], mask=some, other=0.0).to(tl.float32)
         total += of_logit[:, None] * row
+    if beside is not None:
+        total += tl.load(beside + token[:, None] * H + at[None, :], mask=some, other=0.0).to(tl.float32)
     tl.store(out + token[:, None] * H + at[None, :], total, mask=some)
 
 
-def route(hidden_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def route(hidden_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.route`."""
     return _Route.apply(hidden_TH, weight_EH.detach(), bias_E.detach(), top_k)
 
 
 class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TH: Tensor, router_EH: Tensor, bias_E: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden_TH: Tensor, router_EH: Tensor, bias_E: Tensor, top_k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         length, experts = hidden_TH.shape[0], router_EH.shape[0]
         router_EH = router_EH.contiguous()
         index_TK = torch.empty((length, top_k), dtype=torch.int64, device=hidden_TH.device)
@@ -134,15 +138,20 @@ class _Route(torch.autograd.Function):
         ctx.dtype = hidden_TH.dtype
         ctx.save_for_backward(index_TK, weight_TK, router_EH)
         ctx.mark_non_differentiable(index_TK)
-        return index_TK, weight_TK
+        ctx.set_materialize_grads(False)
+        return index_TK, weight_TK, hidden_TH
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, grad_TK, beside_TH = grads
+        if grad_TK is None:
+            return beside_TH, None, None, None
         index_TK, weight_TK, router_EH = ctx.saved_tensors
         (length, top_k), size = index_TK.shape, router_EH.shape[1]
         grad_TH = torch.empty((length, size), dtype=ctx.dtype, device=index_TK.device)
         if length:
             grid = (ceil_div(length, _BACKWARD["BT"]), ceil_div(size, _BACKWARD["BH"]))
-            grad_TK = grads[1].contiguous()
-            _backward[grid](index_TK, weight_TK, grad_TK, router_EH, grad_TH, length, size, K=top_k, **_BACKWARD)
+            beside_TH = None if beside_TH is None else beside_TH.contiguous()
+            gradients = (grad_TK.contiguous(), beside_TH)
+            _backward[grid](index_TK, weight_TK, *gradients, router_EH, grad_TH, length, size, K=top_k, **_BACKWARD)
         return grad_TH, None, None, None
