@@ -32,8 +32,8 @@ CASES: dict[str, tuple[int, int, int, int, list[str]]] = {
     "4x1024 all recomputed": (4, 1024, 20, 5, ["--gradient_checkpointing", "true", "--memory_budget", "17GB"]),
     "4x4096 all recomputed": (4, 4096, 20, 5, ["--gradient_checkpointing", "true", "--memory_budget", "20GB"]),
     "4x4096 in 76 GB": (4, 4096, 20, 5, ["--memory_budget", "76GB"]),
-    "1x2048 in 13.9 GB": (1, 2048, 15, 5, ["--memory_budget", "13.9GB"]),
-    "1x131072 in 76 GB": (1, 131072, 3, 1, ["--memory_budget", "76GB"]),
+    "1x2048 in 13.8 GB": (1, 2048, 15, 5, ["--memory_budget", "13.8GB"]),
+    "1x131072 in 76 GB": (1, 131072, 2, 1, ["--memory_budget", "76GB"]),
     "1x16384 one document": (1, 16384, 15, 5, ["--memory_budget", "40GB"]),
     "1x16384 packed": (1, 16384, 15, 5, ["--memory_budget", "40GB", "--packing", "true"]),
 }

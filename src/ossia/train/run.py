@@ -347,6 +347,8 @@ def training_arguments(
             bf16=needs_autocast(dtype, plan),
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
+            # A blocking copy would wait for the step before, and the GPU then for the host.
+            accelerator_config={"non_blocking": not on_cpu},
             dataloader_num_workers=_workers(config.dataloader_num_workers),
             gradient_checkpointing_kwargs={"use_reentrant": False},
             metric_for_best_model="eval_loss" if has_eval else None,
