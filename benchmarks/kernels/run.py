@@ -127,30 +127,24 @@ def expert_mlp(s: Shape) -> Iterator[Job]:
     yield Job("expert MLP with LoRA, both ways", *jobs, flops=2 * work)
 
 
-def lora_linear(s: Shape) -> Iterator[Job]:
-    from ossia.kernels.lora_linear import Layer, lora_linears, reference
+def qkv(s: Shape) -> Iterator[Job]:
+    from ossia.kernels.qkv import Adapter, reference
+    from ossia.kernels.qkv.fused import qkv as fused
 
-    x = randn(s.tokens, s.hidden).requires_grad_()
-    layers = [
-        Layer(
-            randn(heads * s.size, s.hidden),
-            randn(heads * s.size),
-            randn(s.rank, s.hidden).float().requires_grad_(),
-            randn(heads * s.size, s.rank).float().requires_grad_(),
-            2.0,
-        )
-        for heads in (s.heads, s.kv_heads, s.kv_heads)
+    outputs = [heads * s.size for heads in (s.heads, s.kv_heads, s.kv_heads)]
+    x = randn(1, s.tokens, s.hidden).requires_grad_()
+    frozen, angles = (randn(sum(outputs), s.hidden), randn(sum(outputs))), randn(1, s.tokens, s.size // 2).float()
+    adapters = [
+        Adapter(randn(s.rank, s.hidden).float().requires_grad_(), randn(o, s.rank).float().requires_grad_(), 2.0)
+        for o in outputs
     ]
-    leaves = (x, *(tensor for layer in layers for tensor in (layer.a, layer.b)))
+    leaves = (x, *(tensor for adapter in adapters for tensor in (adapter.a, adapter.b)))
 
-    def joined(function: Callable[[], Any]) -> Callable[[], None]:
-        return both_ways(lambda *_: torch.cat(function(), -1), *leaves)
+    def joined(function: Callable[..., Any]) -> Callable[[], None]:
+        return both_ways(lambda x, *_: torch.cat(function(x, *frozen, adapters, angles, angles), 2), *leaves)
 
-    work = 4 * s.tokens * s.hidden * s.size * (s.heads + 2 * s.kv_heads)
-    ours = joined(lambda: lora_linears(x, layers))
-    yield Job(
-        "q, k, v with LoRA, both ways", ours, joined(lambda: [reference(x, *layer) for layer in layers]), flops=work
-    )
+    work = 4 * s.tokens * s.hidden * sum(outputs)
+    yield Job("q, k, v with LoRA and RoPE, both ways", joined(fused), joined(reference), flops=work)
 
 
 def attention(s: Shape) -> Iterator[Job]:
@@ -234,7 +228,7 @@ def main() -> None:
     args = parser.parse_args()
     shape = TINY if args.tiny else Shape(args.tokens)
     results: list[dict[str, Any]] = []
-    for group in (mxfp4, expert_mlp, lora_linear, attention, rows, loss):
+    for group in (mxfp4, expert_mlp, qkv, attention, rows, loss):
         for job in group(shape):
             result: dict[str, Any] = {"kernel": job.name, "milliseconds": round(milliseconds(job.ours), 4)}
             if job.theirs is not None:

@@ -1,6 +1,7 @@
 """Training speed and memory at gpt-oss-20b's size, beside its peers, in one run on one GPU.
 
 python benchmarks/train/run.py --model FOLDER --out FILE.json [--cases NAME …] [--peers tutorial unsloth]
+    [--bench 120b] [--kernels FOLDER]
 
 FOLDER is a checkpoint from checkpoint.py. Ossia's cases go through `ossia sft` on rows of exactly the length, every
 token with loss; peers run their own scripts here (Unsloth wherever this Python finds it). Ossia's rates are medians of
@@ -138,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kernels", type=Path, help="folder where compiled kernels stay (default: one for this run)")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--peers", nargs="*", default=[])
     parser.add_argument("--bench", nargs="*", default=[], help="sizes measured by `ossia bench` at 1 × 4,096")
@@ -161,7 +163,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         # The first case compiles every kernel anew; the others find them.
-        env = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton"), "OSSIA_CACHE": str(folder / "cache")}
+        kernels = args.kernels or folder / "triton"
+        env = {**os.environ, "TRITON_CACHE_DIR": str(kernels), "OSSIA_CACHE": str(folder / "cache")}
         for name in args.cases:
             keep(sft(args.model, name, folder, env))
         for name in args.peers:

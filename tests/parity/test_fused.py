@@ -5,6 +5,8 @@ The general path is compared with transformers and stock PEFT elsewhere (test_mo
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -19,6 +21,8 @@ from ossia.train.plan import Plan, Sizes
 from ossia.train.recompute import apply_plan
 
 pytest.importorskip("triton")
+from ossia.kernels.qkv import fused
+
 PLANS = {
     "none": {},
     "experts": {"recompute": "experts"},
@@ -65,17 +69,34 @@ def step(folder, plan=None):
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_every_plan_gives_the_loss_and_gradients_of_the_general_path(tiny_gpt_oss, request, name):
+def test_every_plan_gives_the_loss_and_gradients_of_the_general_path(tiny_gpt_oss, request, monkeypatch, name):
     loss, correct, grads = step(tiny_gpt_oss)
     request.getfixturevalue("interpreted")
+    together = mock.Mock(side_effect=fused.qkv)
+    monkeypatch.setattr(fused, "qkv", together)
     options = dict(PLANS[name])
     kinds = (options.pop("recompute", "none"),) * 2
     plan = Plan(Sizes(2, 64, 32, 4, 2, 4, 2, 16, 266, 42, 5, 1), kinds, 0, **options)
     got = step(tiny_gpt_oss, plan)
+    assert together.call_count == (4 if kinds[0] == "layer" else 2)
     assert got[:2] == (pytest.approx(loss, rel=1e-5), correct)
     assert grads.keys() == got[2].keys()
     for key, grad in grads.items():
         assert (got[2][key] - grad).norm() <= 1e-4 * grad.norm(), key
+
+
+def test_stacked_weights_are_the_same_and_come_apart_when_moved(tiny_gpt_oss):
+    model = load_model(tiny_gpt_oss, experts="mxfp4", torch_dtype="bfloat16")
+    attention = model.model.layers[0].self_attn
+    parts = [layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    before = [part.clone() for part in parts]
+    attention.stack()
+    assert all(torch.equal(*pair) for pair in zip(parts, before, strict=True))
+    starts = [part.data_ptr() for part in parts]
+    assert starts[1:] == [start + 2 * part.numel() for start, part in zip(starts[:2], parts, strict=False)]
+    assert attention._stacked is not None
+    model.float()
+    assert attention._stacked is None
 
 
 def test_a_layer_computed_again_drops_the_same(tiny_gpt_oss):

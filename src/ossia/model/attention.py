@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 
 from ossia.kernels import attention
 from ossia.kernels.lora_linear import lora_linears
+from ossia.kernels.qkv import Adapter
 from ossia.kernels.rope import rope
 
 # transformers takes any name with "flash" in it for a kernel of its own.
@@ -51,7 +51,9 @@ def flash_attention_forward(
 
 
 class Attention(GptOssAttention):
-    """transformers' module with the rotary embedding in float32, one kernel each for queries and keys."""
+    """transformers' module with the rotary embedding in float32."""
+
+    _stacked: tuple[Tensor, Tensor | None] | None = None
 
     def forward(  # type: ignore[override]
         self,
@@ -62,11 +64,8 @@ class Attention(GptOssAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, S, H] → [B, S, H] and, where the implementation gives them, the shares."""
-        shape_BSND = (*hidden_states.shape[:-1], -1, self.head_dim)
-        projected = _together(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (x.view(shape_BSND) for x in projected)
-        query, key = (rope(x, *position_embeddings).transpose(1, 2) for x in (query, key))
-        value = value.transpose(1, 2)
+        projected = self._projected(hidden_states, *position_embeddings)
+        query, key, value = (x.transpose(1, 2) for x in projected)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -84,12 +83,42 @@ class Attention(GptOssAttention):
         )
         return self.o_proj(out_BSND.reshape(*hidden_states.shape[:-1], -1)), shares
 
+    def stack(self) -> None:
+        """Lay the frozen weights of queries, keys and values one behind another in memory, for one product of all."""
+        layers = self._linears()
+        weight = torch.cat([layer.weight.data for layer in layers])
+        for layer, own in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
+            layer.weight.data = own
+        biases = [layer.bias.data for layer in layers if layer.bias is not None]
+        self._stacked = weight, torch.cat(biases) if biases else None
 
-def _together(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
-    """Each layer's output; in one step where all have adapters that fuse (`ossia.adapters.linear`)."""
-    parts = [getattr(layer, "fusable", lambda x: None)(x) for layer in layers]
-    fused = [part for part in parts if part is not None]
-    return lora_linears(x, fused) if len(fused) == len(layers) else [layer(x) for layer in layers]
+    def _apply(self, fn: Any, recurse: bool = True) -> Attention:
+        """What moves the weights takes them apart."""
+        self._stacked = None
+        return super()._apply(fn, recurse)
+
+    def _linears(self) -> list[nn.Linear]:
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        return [getattr(part, "base_layer", part) for part in parts]
+
+    def _projected(self, hidden: Tensor, cos_BSD2: Tensor, sin_BSD2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, [B, S, N or M, D], the first two turned; in one step where they are stacked and
+        all have adapters that fuse (`ossia.adapters.linear`)."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        fusable = [getattr(part, "fusable", lambda x: None)(hidden) for part in parts]
+        layers = [layer for layer in fusable if layer is not None]
+        if len(layers) < len(parts):
+            projected = [part(hidden) for part in parts]
+        elif self._stacked is None or self._stacked[0].data_ptr() != layers[0].weight.data_ptr():
+            projected = list(lora_linears(hidden, layers))
+        else:
+            from ossia.kernels.qkv.fused import qkv
+
+            adapters = [Adapter(layer.a, layer.b, layer.scale) for layer in layers]
+            return qkv(hidden, *self._stacked, adapters, cos_BSD2, sin_BSD2)
+        shape_BSND = (*hidden.shape[:-1], -1, self.head_dim)
+        query, key, value = (x.view(shape_BSND) for x in projected)
+        return rope(query, cos_BSD2, sin_BSD2), rope(key, cos_BSD2, sin_BSD2), value
 
 
 class RotaryEmbedding(GptOssRotaryEmbedding):

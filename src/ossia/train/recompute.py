@@ -31,6 +31,7 @@ def apply_plan(model: nn.Module, plan: Plan, dropout: bool = False) -> None:
     for number, (layer, kind) in enumerate(zip(layers, plan.recompute, strict=True)):
         layer.gradient_checkpointing = kind == "layer"
         layer._gradient_checkpointing_func = again
+        layer.self_attn.stack()
         experts = next(module for module in layer.modules() if isinstance(module, Experts))
         experts.memory = Memory(kind != "experts", plan.experts_at_once, plan.reuse_expanded)
         if number >= len(layers) - plan.held_layers:

@@ -60,11 +60,11 @@ class _LoraLinears(torch.autograd.Function):
             torch.mul(grad_TO @ b.to(grad.dtype), scale, out=v_Tr)
             if ctx.needs_input_grad[0]:
                 d_x = grad_TO @ weight if d_x is None else d_x.addmm_(grad_TO, weight)
-            d_ab[2 * number + 1] = _product(grad_TO.T, u_Tr).mul_(scale).to(b.dtype)
+            d_ab[2 * number + 1] = product(grad_TO.T, u_Tr).mul_(scale).to(b.dtype)
         if d_x is not None:
             d_x = d_x.addmm_(v_TR, torch.cat(ab[0::2]).to(d_x.dtype)).view(*grads[0].shape[:-1], -1)
         ranks = [a.shape[0] for a in ab[0::2]]
-        d_ab[0::2] = [d.to(a.dtype) for d, a in zip(_product(v_TR.T, x_TI).split(ranks), ab[0::2], strict=True)]
+        d_ab[0::2] = [d.to(a.dtype) for d, a in zip(product(v_TR.T, x_TI).split(ranks), ab[0::2], strict=True)]
         return d_x, None, *d_ab
 
 
@@ -73,7 +73,7 @@ def _split(all_TR: Tensor, ab: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return all_TR.split([a.shape[0] for a in ab[0::2]], dim=1)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor) -> Tensor:
     """In float32; a GPU's product of bfloat16 accumulates so, and need not round its result."""
     if left.is_cuda and left.dtype == torch.bfloat16:
         return torch.mm(left, right, out_dtype=torch.float32)
