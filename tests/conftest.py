@@ -73,6 +73,13 @@ class Ossia:
         assert "Traceback" not in done.stderr
         return done.stdout
 
+    def fails(self, code: int, *args: object, **kwargs) -> str:
+        """Standard error of a command that must end with a code."""
+        done = self(*args, **kwargs)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
 
 @pytest.fixture
 def ossia(tmp_path) -> Ossia:

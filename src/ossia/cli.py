@@ -47,6 +47,9 @@ COMMANDS = {
         "ossia.export.run:run",
         "merge an adapter into a model that runs anywhere",
     ),
+    "verify": Command(
+        "ossia.config:VerifyConfig", "ossia.export.verify:run", "hold an exported model against what it was made from"
+    ),
     "bench": Command("ossia.config:BenchConfig", "ossia.bench.run:run", "measure training on this GPU, random weights"),
 }
 

@@ -41,9 +41,10 @@ def test_sft_infer_export_and_batch(ossia, run, rows, tmp_path, tiny_gpt_oss):
     )
     assert "cut at --max_new_tokens 8" in out or len(out.splitlines()) > 1
 
-    ossia.ok("export", "--adapters", adapter, "--merge_lora", "true")
+    out = ossia.ok("export", "--adapters", adapter, "--merge_lora", "true")
     merged = run / "checkpoint-3-merged"
-    assert (merged / "config.json").is_file()
+    assert "verified" in out.splitlines()
+    assert {"config.json", "README.md", "verification.json"} <= {path.name for path in merged.iterdir()}
 
     result = tmp_path / "out.jsonl"
     ossia.ok("infer", "--model", merged, "--val_dataset", rows, "--max_new_tokens", 4, "--result_path", result)

@@ -60,28 +60,3 @@ def test_an_interrupt_that_a_library_swallows_still_ends_training():
         callback.on_step_begin(None, None, None)
     callback.on_train_end(None, None, None)
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_export_stopped_half_way_leaves_nothing(tmp_path, tiny_gpt_oss, monkeypatch):
-    import pytest
-    import torch
-
-    from ossia.adapters.inject import add_lora
-    from ossia.adapters.io import save_adapter
-    from ossia.export import merge as module
-    from ossia.model.load import load_model
-
-    save_adapter(add_lora(load_model(tiny_gpt_oss)), tmp_path / "adapter", str(tiny_gpt_oss))
-    written = []
-
-    def interrupted(tensors, path):
-        if written:
-            raise KeyboardInterrupt
-        written.append(path)
-        path.write_bytes(b"part")
-
-    monkeypatch.setattr(module, "save_tensors", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        module.merge(tiny_gpt_oss, tmp_path / "adapter", tmp_path / "merged", torch.bfloat16, 50_000)
-    assert written
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]

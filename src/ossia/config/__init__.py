@@ -7,6 +7,7 @@ from ossia.config.demo import DemoConfig
 from ossia.config.export import ExportConfig
 from ossia.config.infer import InferConfig
 from ossia.config.sft import SftConfig
+from ossia.config.verify import VerifyConfig
 
 __all__ = [
     "BenchConfig",
@@ -18,4 +19,5 @@ __all__ = [
     "PreviewConfig",
     "SftConfig",
     "StatsConfig",
+    "VerifyConfig",
 ]

@@ -22,9 +22,11 @@ C = TypeVar("C", bound="Config")
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
-def opt(default: Any, help: str, *, group: str = "run", choices: Sequence[str] | None = None) -> Any:
-    """A field with its help text, its group in `--help` and the values it may take."""
-    metadata = {"help": help, "group": group, "choices": choices}
+def opt(
+    default: Any, help: str, *, group: str = "run", choices: Sequence[str] | None = None, positional: bool = False
+) -> Any:
+    """A field with its help text, its group in `--help`, the values it may take, and whether it goes without a flag."""
+    metadata = {"help": help, "group": group, "choices": choices, "positional": positional}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -147,7 +149,10 @@ def _parser(cls: type[Config], prog: str, description: str) -> argparse.Argument
             options["metavar"] = (
                 "|".join(choices) if choices else {int: "N", float: "X", dict: "JSON"}.get(kind, "TEXT")
             )
-        groups[field.metadata["group"]].add_argument(f"--{field.name}", **options)
+        if field.metadata["positional"]:
+            options = {"help": help, "nargs": "?", "metavar": field.name.upper()}
+        name = field.name if field.metadata["positional"] else f"--{field.name}"
+        groups[field.metadata["group"]].add_argument(name, **options)
     return parser
 
 

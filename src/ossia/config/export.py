@@ -18,7 +18,19 @@ class ExportConfig(Config):
     adapters: str | None = opt(None, "checkpoint folder of a LoRA run", group="model")
     model: str | None = opt(None, "base model; default: the one the adapter was trained on", group="model")
     merge_lora: bool = opt(False, "add the adapter to the base weights", group="model")
-    torch_dtype: str = opt("bfloat16", "type of the written weights", group="model", choices=["bfloat16", "float32"])
+    format: str = opt(
+        "bf16",
+        "mxfp4: gpt-oss's experts in 4 bits, a third of the size; small changes of experts are lost in it",
+        group="model",
+        choices=["bf16", "mxfp4"],
+    )
+    torch_dtype: str | None = opt(
+        None,
+        "float32 writes --format bf16 in float32; default: bfloat16",
+        group="model",
+        choices=["bfloat16", "float32"],
+    )
+    verify: bool = opt(True, "afterwards hold the files against base + adapter, in a new process", group="output")
     output_dir: str | None = opt(None, "folder to write; default: <adapters>-merged", group="output")
     max_shard_size: float = opt(5.0, "size of one weight file, GB", group="output")
 
@@ -27,5 +39,7 @@ class ExportConfig(Config):
             raise UsageError("give --adapters RUN/checkpoint-N")
         if not self.merge_lora:
             raise UsageError("nothing to do: give --merge_lora true")
+        if self.format == "mxfp4" and self.torch_dtype is not None:
+            raise UsageError("--torch_dtype is for --format bf16; mxfp4 keeps the base's types, so leave it out")
         if self.max_shard_size <= 0:
             raise UsageError(f"--max_shard_size is {self.max_shard_size}; it must be above 0 GB")

@@ -62,6 +62,7 @@ def run(config: DemoConfig) -> None:
             adapters=str(result.checkpoint),
             merge_lora=True,
             torch_dtype="float32",
+            verify=False,
             output_dir=str(result.run_dir / "merged"),
         )
     )

@@ -1,200 +1,302 @@
-"""Base + adapter → plain weights, tensor by tensor: memory for one layer's experts, whatever the model's size."""
+"""Base + adapter → plain weights, piece by piece: memory for one expert, whatever the model's size.
+
+E experts, O outputs, I inputs, G = I / 32 blocks of a row.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import shutil
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ossia.adapters.files import CONFIG, WEIGHTS
-from ossia.compat import save_tensors
-from ossia.console import progress
-from ossia.errors import OssiaError
-from ossia.kernels.mxfp4 import dequantize
+from ossia.console import progress, say
+from ossia.errors import OssiaError, UsageError
+from ossia.export.deltas import AdapterDeltas, Delta
+from ossia.export.folder import INDEX, REPORT, check_output, write_json, write_rest
+from ossia.export.shards import Part, Rounding, Shard, Unit, pack
+from ossia.export.tensors import Spec, pieces, read_rows
+from ossia.kernels.mxfp4 import BLOCK, dequantize
+from ossia.kernels.mxfp4.search import quantize_search
 from ossia.model.folder import read_json, weight_files
+from ossia.model.names import PROJECTIONS
+from ossia.model.stream import Stored, find_tensors
 
-_KEPT = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "LICENSE*")
-
-
-class AdapterDeltas:
-    """What an adapter on disk (PEFT's layout) adds to each base tensor."""
-
-    def __init__(self, folder: Path) -> None:
-        config = read_json(folder / CONFIG)
-        for key in ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora", "lora_bias"):
-            if config.get(key):
-                raise OssiaError(f"{folder / CONFIG}: {key} is set, which this merge does not do")
-        try:
-            self.tensors = load_file(folder / WEIGHTS)
-        except (SafetensorError, OSError) as error:
-            raise OssiaError(f"{folder / WEIGHTS}: damaged or cut short ({error})") from error
-        rank = config["r"]
-        self.scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        self.left = {key for key in self.tensors if key.endswith(".lora_A.weight")}
-
-    def linear(self, name: str, shape: torch.Size) -> Tensor | None:
-        """The change of a linear layer's weight `name`, float32 [out, in]."""
-        pair = self._pair(f"base_model.model.{name.removesuffix('.weight')}")
-        if pair is None:
-            return None
-        a_RI, b_OR = pair
-        return self._checked(b_OR @ a_RI * self.scaling, shape, name)
-
-    def expert(self, name: str, shape: torch.Size) -> Tensor | None:
-        """The change of an expert projection `name`, float32 [E, in, out]."""
-        module, _, projection = name.rpartition(".")
-        pair = self._pair(f"base_model.model.{module}{'.base_layer' if projection == 'gate_up_proj' else ''}")
-        if pair is None:
-            return None
-        a, b = pair
-        count = shape[0]
-        if a.shape[0] % count:
-            raise OssiaError(f"adapter of another base model: {name} has {count} experts, lora_A {a.shape[0]} rows")
-        a_EIR = a.view(count, -1, a.shape[1]).transpose(1, 2)
-        b_ERO = b.view(b.shape[0], -1, count).permute(2, 1, 0)
-        if (a_EIR.shape[1], b_ERO.shape[2]) != tuple(shape[1:]):
-            raise OssiaError(f"adapter of another base model: {name} is {tuple(shape)} there")
-        return torch.bmm(a_EIR, b_ERO) * self.scaling
-
-    def _pair(self, prefix: str) -> tuple[Tensor, Tensor] | None:
-        key = f"{prefix}.lora_A.weight"
-        if key not in self.tensors:
-            return None
-        self.left.discard(key)
-        return self.tensors[key].float(), self.tensors[f"{prefix}.lora_B.weight"].float()
-
-    def _checked(self, delta: Tensor, shape: torch.Size, name: str) -> Tensor:
-        if delta.shape != shape:
-            raise OssiaError(
-                f"adapter of another base model: {name} is {tuple(shape)} there, the adapter needs {tuple(delta.shape)}"
-            )
-        return delta
+_EXPERTS = tuple(f".experts.{projection}" for projection in PROJECTIONS)
+_MEASURES = ("error", "plain_error", "change", "kept")
+_RECIPE = 1
+"""Version of what is written; with another one an interrupted export starts again."""
 
 
-def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype, shard_bytes: int) -> Path:
+def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None, shard_bytes: int) -> Path:
     """Write the merged model to `output`, complete or not at all.
+
+    Everything that can be known from headers and free space is checked first. What a stopped export has finished stays
+    in `.NAME.part` beside `output`, and the same call goes on from there.
+
+    `export_report.json` holds, for each expert tensor that was rounded to MXFP4, norms relative to the merged weights':
+    `error` of what was written, `plain_error` of the plain rule (see `ossia.kernels.mxfp4`), `change` by the adapter;
+    and `kept`, how much of that change the written weights make along its direction (1: all of it).
 
     Args:
         base: model folder, experts in MXFP4 or floating point.
         adapter: folder in PEFT's layout.
         output: must not exist, or be empty.
-        dtype: of the written weights.
+        dtype: of the written weights, experts in transformers' own layout [E, I, O]; None keeps the base's dtypes and
+            writes experts in MXFP4, as openai/gpt-oss-20b does.
         shard_bytes: size of a weight file.
 
     Raises:
-        OssiaError: an adapter that does not fit the base, damaged files, no space.
+        UsageError: `output` is not empty.
+        OssiaError: an adapter that does not fit the base, damaged files, no space, weights that are not finite.
     """
-    files = weight_files(base)
+    check_output(output)
+    by_file: dict[Path, list[str]] = defaultdict(list)
+    for name, file in weight_files(base).items():
+        by_file[file].append(name)
+    stored = find_tensors(by_file)
+    _check_stored(base, stored, dtype)
     deltas = AdapterDeltas(adapter)
-    part = output.parent / f".{output.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    units = list(_units(stored, deltas, dtype))
+    deltas.check_all_used(base)
+    shards = pack(units, shard_bytes)
+
+    part = Part(output, _key(by_file, adapter, dtype, shard_bytes))
+    done = {shard.file for shard in shards if part.has(shard)}
+    _check_space(sum(shard.nbytes for shard in shards if shard.file not in done), output)
+    if done:
+        say(f"going on with a stopped export: {len(done)} of {len(shards)} weight files are finished")
     try:
-        _check_space(files, part, dtype)
-        weight_map, total = _write_shards(_merged(files, deltas, dtype), part, shard_bytes)
-        if deltas.left:
-            raise OssiaError(
-                f"{adapter}: {len(deltas.left)} adapter tensors have no weight in {base}, "
-                f"first {sorted(deltas.left)[0]}"
-            )
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _write_config(base, part, dtype)
-        for pattern in _KEPT:
-            for file in base.glob(pattern):
-                shutil.copy(file, part)
-        if output.is_dir():
-            output.rmdir()
-        part.rename(output)
+        with progress("merging", len(units), "tensors") as advance:
+            for shard in shards:
+                if shard.file in done:
+                    advance(len(shard.units))
+                else:
+                    part.write(shard, advance)
+        write_rest(base, part.folder, None if dtype is None else str(dtype).removeprefix("torch."))
+        _write_index(part.folder, shards)
+        roundings = {name: rounding for shard in shards for name, rounding in part.done[shard.file].items()}
+        if roundings:
+            _report(part.folder, roundings)
+        part.finish(output)
+    except OssiaError:
+        part.remove()
+        raise
+    except OSError as error:
+        raise OssiaError(f"{part.folder}: not written ({error.strerror or error}); {_left(part)}") from error
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        say(_left(part))
         raise
     return output
 
 
-def _merged(files: dict[str, Path], deltas: AdapterDeltas, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    opened: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in set(files.values())}
-
-    def read(name: str) -> Tensor:
-        try:
-            return opened[files[name]].get_tensor(name)
-        except SafetensorError as error:
-            raise OssiaError(f"{files[name]}: damaged or cut short ({error}); copy it again") from error
-
-    names = [name for name in files if not name.endswith("_scales")]
-    with progress("merging", len(names), "tensors") as advance:
-        for name in names:
-            advance(1)
-            if name.endswith("_proj_blocks"):
-                stem = name.removesuffix("_blocks")
-                dense = dequantize(read(name), read(f"{stem}_scales"), torch.float32).transpose(1, 2)
-                yield stem, _add(dense, deltas.expert(stem, dense.shape), dtype)
-                continue
-            tensor = read(name)
-            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-                yield name, _add(tensor, deltas.expert(name, tensor.shape), dtype)
-            else:
-                yield name, _add(tensor, deltas.linear(name, tensor.shape), dtype)
+def _left(part: Part) -> str:
+    """Tidy up after a stop, and say what is left."""
+    if not part.done:
+        part.remove()
+        return "nothing is left behind"
+    return f"{len(part.done)} finished weight files stay in {part.folder}; the same command goes on from there"
 
 
-def _add(tensor: Tensor, delta: Tensor | None, dtype: torch.dtype) -> Tensor:
-    merged = tensor if delta is None else tensor.float() + delta
-    return merged.to(dtype).contiguous()
+@dataclass(frozen=True)
+class _Experts:
+    """An expert projection of the base, in either layout."""
+
+    name: str
+    dense: Stored | None
+    blocks: Stored | None = None
+    scales: Stored | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """E, I, O."""
+        if self.dense is not None:
+            return self.dense.shape
+        assert self.scales is not None
+        experts, outputs, groups = self.scales.shape
+        return experts, groups * BLOCK, outputs
+
+    def read(self, first: int, last: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Some experts, float32 [E, O, I], and the blocks and scales that they are, if that is how they are stored."""
+        if self.dense is not None:
+            return read_rows(self.dense, first, last).float().transpose(1, 2), None
+        assert self.blocks is not None
+        assert self.scales is not None
+        packed = read_rows(self.blocks, first, last), read_rows(self.scales, first, last)
+        return dequantize(*packed, torch.float32), packed
 
 
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> tuple[dict[str, str], int]:
-    shards: list[list[str]] = []
-    batch: dict[str, Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal batch, size
-        if batch:
-            shards.append(list(batch))
-            save_tensors(batch, folder / f"shard-{len(shards)}")
-            batch, size = {}, 0
-
-    for name, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if size + nbytes > shard_bytes:
-            flush()
-        batch[name] = tensor
-        size += nbytes
-        total += nbytes
-    flush()
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    return weight_map, total
+def _units(stored: dict[str, Stored], deltas: AdapterDeltas, dtype: torch.dtype | None) -> Iterator[Unit]:
+    for name, entry in stored.items():
+        stem, _, half = name.rpartition("_")
+        if packed := _is_packed(name):
+            experts = _Experts(stem, None, stored[f"{stem}_blocks"], stored[f"{stem}_scales"])
+        elif name.endswith(_EXPERTS):
+            experts = _Experts(name, entry)
+        else:
+            yield _plain(name, entry, deltas.linear(name, entry.shape), dtype)
+            continue
+        delta = deltas.experts(experts.name, experts.shape)
+        if packed and delta is None and dtype is None:
+            yield _plain(name, entry, None, None)
+        elif not packed or half == "blocks":
+            yield _mxfp4(experts, delta) if dtype is None else _dense(experts, delta, dtype)
 
 
-def _write_config(base: Path, folder: Path, dtype: torch.dtype) -> None:
+def _plain(name: str, entry: Stored, delta: Delta | None, dtype: torch.dtype | None) -> Unit:
+    """A tensor in the dtype that is asked for, or its own; without a change in that, byte for byte."""
+    spec = Spec(dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype, entry.shape)
+
+    def make(roundings: dict[str, Rounding]) -> Iterator[tuple[str, Tensor]]:
+        factors = delta.read() if delta else None
+        for first, last in pieces(entry.shape):
+            rows = read_rows(entry, first, last)
+            if factors is not None:
+                rows = _finite(rows.float() + factors.rows(first, last), name)
+            yield name, rows.to(spec.dtype)
+
+    return Unit({name: spec}, make)
+
+
+def _dense(experts: _Experts, delta: Delta | None, dtype: torch.dtype) -> Unit:
+    """Experts in floating point, [E, I, O]."""
+
+    def make(roundings: dict[str, Rounding]) -> Iterator[tuple[str, Tensor]]:
+        for _, weight_EOI, _ in _merged(experts, delta):
+            yield experts.name, weight_EOI.transpose(1, 2).to(dtype)
+
+    return Unit({experts.name: Spec(dtype, experts.shape)}, make)
+
+
+def _mxfp4(experts: _Experts, delta: Delta | None) -> Unit:
+    """Experts in MXFP4; blocks that the merge leaves as they are stay the base's, byte for byte."""
+    count, inputs, outputs = experts.shape
+    if inputs % BLOCK:
+        raise OssiaError(
+            f"--format mxfp4: {experts.name} has {inputs} inputs, no multiple of {BLOCK}; take --format bf16"
+        )
+    scales_shape = (count, outputs, inputs // BLOCK)
+    names = f"{experts.name}_blocks", f"{experts.name}_scales"
+    specs = Spec(torch.uint8, (*scales_shape, BLOCK // 2)), Spec(torch.uint8, scales_shape)
+
+    def make(roundings: dict[str, Rounding]) -> Iterator[tuple[str, Tensor]]:
+        weight = error = plain_error = change = kept = 0.0
+        for base_EOI, weight_EOI, packed in _merged(experts, delta):
+            found = quantize_search(weight_EOI)
+            blocks, scales, errors_EOG = found.blocks, found.scales, found.error
+            if packed is not None:
+                same_EOG = (weight_EOI == base_EOI).reshape(*scales.shape, BLOCK).all(dim=-1)
+                blocks = torch.where(same_EOG.unsqueeze(-1), packed[0], blocks)
+                scales = torch.where(same_EOG, packed[1], scales)
+                errors_EOG = errors_EOG.masked_fill(same_EOG, 0)
+            yield names[0], blocks
+            yield names[1], scales
+            weight += _square(weight_EOI)
+            error += float(errors_EOG.sum())
+            plain_error += float(found.plain_error.sum())
+            change_EOI = weight_EOI - base_EOI
+            change += _square(change_EOI)
+            kept += float((dequantize(blocks, scales, torch.float32).sub_(base_EOI).mul_(change_EOI)).sum())
+        norms = {"error": error, "plain_error": plain_error, "change": change}
+        rounding = {key: math.sqrt(value / weight) if weight else 0.0 for key, value in norms.items()}
+        roundings[experts.name] = rounding | {"kept": kept / change if change else 1.0}
+
+    return Unit(dict(zip(names, specs, strict=True)), make)
+
+
+def _merged(experts: _Experts, delta: Delta | None) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]]:
+    """Piece by piece the base's weights and the merged ones, float32 [E, O, I], and the base's blocks and scales."""
+    factors = delta.read() if delta else None
+    for first, last in pieces(experts.shape):
+        base_EOI, packed = experts.read(first, last)
+        weight_EOI = base_EOI if factors is None else base_EOI + factors.rows(first, last).transpose(1, 2)
+        yield base_EOI, _finite(weight_EOI, experts.name), packed
+
+
+def _finite(weight: Tensor, name: str) -> Tensor:
+    if not bool(weight.isfinite().all()):
+        raise OssiaError(
+            f"{name}: merged weights hold NaN or infinity; take a checkpoint from before training diverged"
+        )
+    return weight
+
+
+def _square(values: Tensor) -> float:
+    return float(values.square().sum())
+
+
+def _is_packed(name: str) -> bool:
+    stem, _, half = name.rpartition("_")
+    return half in ("blocks", "scales") and stem.endswith(_EXPERTS)
+
+
+def _check_stored(base: Path, stored: dict[str, Stored], dtype: torch.dtype | None) -> None:
+    """OssiaError where the base is stored in a way that can't be merged into, or written as asked."""
     config = read_json(base / "config.json")
-    config.pop("quantization_config", None)
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    method = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
+    if method != "mxfp4":
+        raise OssiaError(f"{base}: weights are quantized by {method}; give --model with the model in bf16 or MXFP4")
+    if dtype is None and config.get("model_type") != "gpt_oss":
+        raise UsageError(f"--format mxfp4: {base} is no gpt-oss, so it has no experts in MXFP4; take --format bf16")
+    for name in filter(_is_packed, stored):
+        stem = name.rpartition("_")[0]
+        blocks, scales = stored.get(f"{stem}_blocks"), stored.get(f"{stem}_scales")
+        fits = blocks and scales and blocks.shape == (*scales.shape, BLOCK // 2) and len(scales.shape) == 3
+        if not blocks or not scales or not fits or {blocks.dtype, scales.dtype} != {torch.uint8}:
+            raise OssiaError(
+                f"{base}: {stem} is not MXFP4, whose blocks and scales are bytes [E, out, in/32, 16] and "
+                "[E, out, in/32]; save the base again with save_original_format=False"
+            )
 
 
-def _check_space(files: dict[str, Path], folder: Path, dtype: torch.dtype) -> None:
-    need = 0
-    for file in set(files.values()):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                values = math.prod(opened.get_slice(name).get_shape())
-                need += (
-                    0 if name.endswith("_scales") else values * dtype.itemsize * (2 if name.endswith("_blocks") else 1)
-                )
-    free = shutil.disk_usage(folder).free
+def _key(files: Iterable[Path], adapter: Path, dtype: torch.dtype | None, shard_bytes: int) -> dict[str, Any]:
+    """What the written bytes depend on."""
+    facts = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)}
+    found = hashlib.sha256(repr(facts).encode())
+    for name in (CONFIG, WEIGHTS):
+        with (adapter / name).open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return {"recipe": _RECIPE, "sources": found.hexdigest(), "dtype": str(dtype), "shard_bytes": shard_bytes}
+
+
+def _check_space(need: int, output: Path) -> None:
+    there = next(folder for folder in output.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(there).free
     if need > free:
-        raise OssiaError(f"{folder.parent}: the merged model takes {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        raise OssiaError(
+            f"--output_dir {output}: needs {need / 1e9:.1f} GB, {there} has {free / 1e9:.1f} GB free; "
+            "free some space or name a folder on another disk"
+        )
+
+
+def _write_index(folder: Path, shards: list[Shard]) -> None:
+    weight_map = {name: shard.file for shard in shards for name in shard.specs}
+    total = sum(shard.nbytes for shard in shards)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _report(folder: Path, roundings: dict[str, Rounding]) -> None:
+    """Write what rounding to MXFP4 did, and say the sum of it."""
+
+    def over(pick: Callable[[list[float]], float], key: str) -> float:
+        return pick([rounding[key] for rounding in roundings.values()])
+
+    mean = {key: over(fmean, key) for key in _MEASURES}
+    worst = {key: over(min if key == "kept" else max, key) for key in _MEASURES}
+    write_json(folder / REPORT, {"format": "mxfp4", "worst": worst, "mean": mean, "tensors": roundings})
+    say(
+        f"experts rounded to MXFP4: relative error {mean['error']:.2%} on average, {worst['error']:.2%} at worst "
+        f"(plain rule: {mean['plain_error']:.2%}, {worst['plain_error']:.2%}); {mean['kept']:.0%} of the adapter's "
+        f"change ({mean['change']:.2%}) is kept; by tensor in {REPORT}"
+    )
+    if mean["kept"] < 0.5:
+        say("warning: four bits are too coarse for this adapter's change to the experts; --format bf16 keeps all of it")

@@ -108,7 +108,6 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight_N32 = weight.detach().reshape(-1, BLOCK)
     blocks_N16 = torch.empty((weight_N32.shape[0], BLOCK // 2), dtype=torch.uint8, device=weight.device)
     scales_N = torch.empty(weight_N32.shape[0], dtype=torch.uint8, device=weight.device)
-    boundaries = _boundaries(weight.device)
     step = _CHUNK_BYTES // BLOCK
     for start in range(0, weight_N32.shape[0], step):
         piece = slice(start, start + step)
@@ -119,9 +118,13 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         # frexp's mantissa lies in [0.5, 1), so floor(log2(amax)) is its exponent minus one.
         exponent = (torch.frexp(amax).exponent - 1 - _MAX_EXPONENT).clamp(-_BIAS, _BIAS)
         exponent.masked_fill_(amax == 0, -_BIAS)
-        scaled = torch.ldexp(values, -exponent.unsqueeze(-1))
-        codes = torch.bucketize(scaled.abs(), boundaries, out_int32=True).to(torch.uint8)
-        codes |= scaled.signbit().to(torch.uint8) << 3
-        blocks_N16[piece] = codes[:, 0::2] | (codes[:, 1::2] << 4)
+        blocks_N16[piece] = nearest_codes(torch.ldexp(values, -exponent.unsqueeze(-1)))
         scales_N[piece] = (exponent + _BIAS).to(torch.uint8)
     return blocks_N16.view(*shape, BLOCK // 2), scales_N.view(shape)
+
+
+def nearest_codes(scaled_N32: Tensor) -> Tensor:
+    """The nearest codes of float32 values in units of their scale, two in a byte: uint8 [N, 16]."""
+    codes = torch.bucketize(scaled_N32.abs(), _boundaries(scaled_N32.device), out_int32=True).to(torch.uint8)
+    codes |= scaled_N32.signbit().to(torch.uint8) << 3
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)

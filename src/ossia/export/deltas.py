@@ -1,0 +1,127 @@
+"""What an adapter on disk (PEFT's layout) adds to each tensor of its base; read tensor by tensor, when asked for.
+
+R rank, E experts, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ossia.adapters.files import CONFIG, WEIGHTS
+from ossia.errors import OssiaError
+from ossia.export.tensors import read_rows
+from ossia.model.folder import read_json
+from ossia.model.names import PROJECTIONS
+from ossia.model.stream import Stored, read_header
+
+
+@dataclass
+class Factors:
+    """A change as a product: `left` [O, R] and `right` [R, I] of a linear layer, [E, I, R] and [E, R, O] of experts."""
+
+    left: Tensor
+    right: Tensor
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """The change of the base tensor's rows (of its experts, where it has these), float32."""
+        right = self.right if self.right.ndim == 2 else self.right[first:last]
+        return self.left[first:last] @ right
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The change of one base tensor, still on disk."""
+
+    lora_a: Stored
+    lora_b: Stored
+    scaling: float
+    experts: int = 0
+
+    def read(self) -> Factors:
+        """Both factors in float32, the scaling in the left one."""
+        a, b = (read_rows(side, 0, side.shape[0]).float() for side in (self.lora_a, self.lora_b))
+        if not self.experts:
+            return Factors(b * self.scaling, a)
+        a_EIR = a.view(self.experts, -1, a.shape[1]).transpose(1, 2)
+        b_ERO = b.view(b.shape[0], -1, self.experts).permute(2, 1, 0)
+        return Factors(a_EIR * self.scaling, b_ERO)
+
+
+class AdapterDeltas:
+    """The changes of an adapter by base tensor. Making it reads the configuration and the header of the weights.
+
+    Raises:
+        OssiaError: damaged files, or an adapter that is more than LoRA.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config = read_json(folder / CONFIG)
+        if config.get("peft_type") != "LORA":
+            raise OssiaError(
+                f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}; only LORA adapters are merged"
+            )
+        for key in ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora", "lora_bias", "modules_to_save"):
+            if config.get(key):
+                raise OssiaError(f"{folder / CONFIG}: {key} is set, which this merge does not do")
+        try:
+            rank, alpha = int(config["r"]), float(config["lora_alpha"])
+            self.scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise OssiaError(f"{folder / CONFIG}: r and lora_alpha are not both numbers above 0") from error
+        self.rank = rank
+        self.stored = read_header(folder / WEIGHTS)
+        self.left = set(self.stored)
+        targeted = {str(name).rpartition(".")[2] for name in config.get("target_parameters") or ()}
+        # PEFT nests the second projection around the first; one targeted alone is not nested.
+        self.nested = targeted.issuperset(PROJECTIONS)
+        self.alone = None if self.nested else next(iter(targeted), None)
+
+    def linear(self, name: str, shape: tuple[int, ...]) -> Delta | None:
+        """The change of a linear layer's weight `name` [O, I], if there is one; OssiaError where it does not fit."""
+        return self._delta(f"base_model.model.{name.removesuffix('.weight')}", name, shape)
+
+    def experts(self, name: str, shape: tuple[int, ...]) -> Delta | None:
+        """The change of an expert projection `name` [E, I, O], if there is one; OssiaError where it does not fit."""
+        module, _, projection = name.rpartition(".")
+        if not self.nested and projection != self.alone:
+            return None
+        inner = ".base_layer" if self.nested and projection == "gate_up_proj" else ""
+        return self._delta(f"base_model.model.{module}{inner}", name, shape)
+
+    def _delta(self, prefix: str, name: str, shape: tuple[int, ...]) -> Delta | None:
+        keys = [f"{prefix}.lora_{side}.weight" for side in "AB"]
+        found = [key for key in keys if key in self.stored]
+        if not found:
+            return None
+        if len(found) < len(keys):
+            raise OssiaError(f"{self.folder / WEIGHTS}: {found[0]} is alone, without its other half; copy it again")
+        a, b = (self.stored[key] for key in keys)
+        if len(shape) == 3:
+            experts, inputs, outputs = shape
+            wanted = (experts * self.rank, inputs), (outputs, self.rank * experts)
+        else:
+            experts, wanted = 0, ((self.rank, shape[-1]), (shape[0], self.rank))
+        if (a.shape, b.shape) != wanted:
+            raise OssiaError(
+                f"{self.folder}: adapter of another base model; {name} is {list(shape)} in the base, so its lora_A and "
+                f"lora_B would be {_both(wanted)}, not {_both((a.shape, b.shape))}; give --model with its own base"
+            )
+        self.left.difference_update(keys)
+        return Delta(a, b, self.scaling, experts)
+
+    def check_all_used(self, base: Path) -> None:
+        """OssiaError naming a tensor of the adapter that belongs to none of the base's."""
+        if self.left:
+            raise OssiaError(
+                f"{self.folder}: adapter of another base model; {len(self.left)} of its tensors have no weight in "
+                f"{base}, first {min(self.left)}; give --model with its own base"
+            )
+
+
+def _both(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return " and ".join(str(list(shape)) for shape in shapes)

@@ -1,0 +1,126 @@
+"""safetensors files in pieces: rows read from one, a file written row by row, its header first."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ossia.errors import OssiaError
+from ossia.model.stream import DTYPES, Stored
+
+PIECE_VALUES = 16 << 20
+"""Values handled at a time, or one row of a tensor (one expert) if that is more."""
+_NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
+
+
+class Spec(NamedTuple):
+    """A tensor to be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    """Length of the first axis; a scalar is one row."""
+    return shape[0] if shape else 1
+
+
+def pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """First and last row (exclusive) of each piece of a tensor."""
+    rows = row_count(shape)
+    step = max(1, PIECE_VALUES * rows // max(1, torch.Size(shape).numel()))
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
+
+
+def read_rows(stored: Stored, first: int, last: int) -> Tensor:
+    """Rows `first` to `last` (exclusive) of a tensor on disk, in its dtype; only their bytes are read.
+
+    Raises:
+        OssiaError: the file is not readable or has become shorter.
+    """
+    row = stored.nbytes // max(1, row_count(stored.shape))
+    rows = torch.empty((last - first, *stored.shape[1:]), dtype=stored.dtype)
+    left = rows.view(-1).view(torch.uint8).numpy().data
+    try:
+        with stored.file.open("rb", buffering=0) as file:
+            file.seek(stored.start + first * row)
+            while left:
+                if not (count := file.readinto(left)):
+                    raise OssiaError(f"{stored.file}: cut short while it was read; copy it again")
+                left = left[count:]
+    except OSError as error:
+        raise OssiaError(f"{stored.file}: not readable ({error.strerror or error})") from error
+    return rows if stored.shape else rows.view(())
+
+
+class Writer:
+    """Writes a safetensors file: the header at once, then rows of any tensor, each tensor's in order.
+
+    The file carries its name only after a clean end of the `with` block, with every byte on the disk.
+
+    Args:
+        path: of the file.
+        specs: all its tensors.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+        self.path, self.part = path, path.with_name(f"{path.name}.part")
+        # Widest first, as safetensors does it, so that each tensor is aligned.
+        order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        ends: dict[str, int] = {}
+        for name in order:
+            spec, start = specs[name], end
+            end = ends[name] = start + spec.nbytes
+            header[name] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._head = len(text).to_bytes(8, "little") + text
+        self._ends = {name: len(self._head) + end for name, end in ends.items()}
+        self._next = {name: self._ends[name] - specs[name].nbytes for name in order}
+
+    def __enter__(self) -> Writer:
+        self._file = self.part.open("wb", buffering=0)
+        self._write(self._head, 0)
+        return self
+
+    def write(self, name: str, rows: Tensor) -> None:
+        """The next rows of a tensor, on the CPU."""
+        data = rows.contiguous().view(-1).view(torch.uint8).numpy().data
+        start = self._next[name]
+        if start + len(data) > self._ends[name]:
+            raise ValueError(f"{name}: more rows than its shape has")
+        self._write(data, start)
+        self._next[name] += len(data)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with self._file:
+                if error is None:
+                    if short := [name for name, end in self._ends.items() if self._next[name] != end]:
+                        raise ValueError(f"{short[0]}: fewer rows than its shape has")
+                    os.fsync(self._file.fileno())
+            if error is None:
+                self.part.replace(self.path)
+        finally:
+            self.part.unlink(missing_ok=True)
+
+    def _write(self, data: bytes | memoryview, start: int) -> None:
+        while data:
+            count = os.pwrite(self._file.fileno(), data, start)
+            data, start = data[count:], start + count

@@ -1,0 +1,84 @@
+"""`ossia verify`: equal models pass, others fail with exit code 1 and a record of how far apart they are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ossia.adapters.inject import add_lora
+from ossia.adapters.io import save_adapter
+from ossia.model.load import load_model
+
+QUICK = ("--max_new_tokens", 4, "--prompts", 2, "--device", "cpu")
+
+
+@pytest.fixture
+def adapter(tiny_gpt_oss, tmp_path):
+    """A checkpoint that changes what the model says."""
+    torch.manual_seed(0)
+    model = add_lora(load_model(tiny_gpt_oss, device="cpu"), rank=3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    folder = tmp_path / "adapter"
+    save_adapter(model, folder, str(tiny_gpt_oss))
+    return folder
+
+
+@pytest.fixture
+def exported(ossia, adapter, tmp_path):
+    """The adapter merged, in float32."""
+    folder = tmp_path / "exported"
+    ossia.ok("export", "--adapters", adapter, "--merge_lora", "true", "--torch_dtype", "float32", "--verify", "false",
+             "--output_dir", folder)  # fmt: skip
+    return folder
+
+
+def test_what_was_merged_says_the_same(ossia, adapter, exported, rows):
+    out = ossia.ok("verify", adapter, exported, "--dataset", rows, *QUICK)
+    assert out.splitlines()[-1] == "verified"
+    assert "- verified\n" in (exported / "README.md").read_text(encoding="utf-8")
+    result = json.loads((exported / "verification.json").read_text(encoding="utf-8"))
+    assert result["verified"]
+    assert result["logit_error"] < 1e-4
+    assert result["same_token"] == result["greedy_agreement"] == 1
+    assert result["answers"] == 2
+    assert result["positions"] > 100
+
+
+def test_the_base_alone_is_not_what_was_merged(ossia, adapter, tiny_gpt_oss, exported):
+    out = ossia.fails(1, "verify", tiny_gpt_oss, exported, *QUICK)
+    assert "not verified" in out
+    result = json.loads((exported / "verification.json").read_text(encoding="utf-8"))
+    assert not result["verified"]
+    assert result["logit_error"] > 0.05
+
+
+def test_experts_in_another_order_are_found_out(ossia, adapter, exported):
+    for file in exported.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith("experts.down_proj")]:
+            tensors[name] = tensors[name].flip(0).contiguous()
+        save_file(tensors, file, metadata={"format": "pt"})
+    assert "not verified" in ossia.fails(1, "verify", adapter, exported, *QUICK)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give two folders"),
+        (["nothing", "{exported}"], "nothing: no such folder"),
+        (["{exported}", "nothing"], "nothing: no such folder"),
+        (["{exported}", "{empty}"], "neither a model nor an adapter"),
+        (["{exported}", "{exported}", "--rows", "0"], "--rows is 0"),
+        (["{exported}", "{exported}", "--model", "x"], "--model is the base of an adapter"),
+        (["{exported}", "{exported}", "--dataset", "gone.jsonl"], "gone.jsonl"),
+    ],
+)
+def test_bad_input_is_said_before_anything_loads(ossia, tiny_gpt_oss, tmp_path, args, message):
+    (tmp_path / "empty").mkdir()
+    names = {"exported": tiny_gpt_oss, "empty": tmp_path / "empty"}
+    assert message in ossia.fails(2, "verify", *(arg.format(**names) for arg in args))
