@@ -31,6 +31,7 @@ from ossia.cache import cache_dir
 from ossia.compat import bars_on_terminals_only, quiet_libraries, save_tensors
 from ossia.console import Advance, progress, say
 from ossia.errors import OssiaError
+from ossia.export.folder import MXFP4
 from ossia.kernels import mxfp4
 
 RECIPE = 1
@@ -289,15 +290,7 @@ def _config(llama: Any, *, quantize: bool) -> dict[str, Any]:
         "vocab_size": llama.vocab_size,
     }
     if quantize:
-        config["quantization_config"] = {
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn",
-                "model.layers.*.mlp.router",
-                "model.embed_tokens",
-                "lm_head",
-            ],
-            "quant_method": "mxfp4",
-        }
+        config["quantization_config"] = MXFP4
     return config
 
 

@@ -25,7 +25,7 @@ _COPIED = (
     "LICENSE*",
 )
 _PATH_KEYS = ("_name_or_path", "name_or_path")
-_MXFP4 = {
+MXFP4 = {
     "quant_method": "mxfp4",
     "modules_to_not_convert": [
         "model.layers.*.self_attn",
@@ -59,7 +59,7 @@ def write_rest(base: Path, folder: Path, dtype: str | None) -> None:
                 shutil.copyfile(file, folder / file.name)
     config = read_json(base / _CONFIG)
     if dtype is None:
-        config.setdefault("quantization_config", _MXFP4)
+        config.setdefault("quantization_config", MXFP4)
     else:
         config.pop("quantization_config", None)
         config.pop("torch_dtype", None)
