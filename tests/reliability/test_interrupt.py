@@ -35,7 +35,7 @@ def test_training_stopped_half_way_keeps_metrics_and_checkpoints(tiny_gpt_oss, r
         "sft", "--model", tiny_gpt_oss, "--dataset", rows, "--max_steps", 100_000, "--logging_steps", 1,
         "--save_steps", 5, "--save_total_limit", 2, "--report_to", "none", cwd=tmp_path,
     )  # fmt: skip
-    wait_for(lambda: list(tmp_path.glob("output/v0-*/checkpoint-*/trainer_state.json")), process)
+    wait_for(lambda: list(tmp_path.glob("output/v0-*/last/trainer_state.json")), process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
