@@ -47,6 +47,7 @@ def test_what_was_merged_says_the_same(ossia, adapter, exported, rows):
     assert result["same_token"] == result["greedy_agreement"] == 1
     assert result["answers"] == 2
     assert result["positions"] > 100
+    assert "0+1?" not in json.dumps(result), "rows stay out of what is published"
 
 
 def test_the_base_alone_is_not_what_was_merged(ossia, adapter, tiny_gpt_oss, exported):
@@ -76,9 +77,11 @@ def test_experts_in_another_order_are_found_out(ossia, adapter, exported):
         (["{exported}", "{exported}", "--rows", "0"], "--rows is 0"),
         (["{exported}", "{exported}", "--model", "x"], "--model is the base of an adapter"),
         (["{exported}", "{exported}", "--dataset", "gone.jsonl"], "gone.jsonl"),
+        (["{exported}", "{exported}", "--dataset", "{text}"], "no conversations"),
     ],
 )
 def test_bad_input_is_said_before_anything_loads(ossia, tiny_gpt_oss, tmp_path, args, message):
     (tmp_path / "empty").mkdir()
-    names = {"exported": tiny_gpt_oss, "empty": tmp_path / "empty"}
+    (tmp_path / "text.jsonl").write_text('{"text": "only a text"}\n')
+    names = {"exported": tiny_gpt_oss, "empty": tmp_path / "empty", "text": tmp_path / "text.jsonl"}
     assert message in ossia.fails(2, "verify", *(arg.format(**names) for arg in args))

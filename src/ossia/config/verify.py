@@ -39,7 +39,7 @@ class VerifyConfig(Config):
     )
     rows: int = opt(16, "how many of them", group="compare")
     max_length: int = opt(512, "tokens of a row that count", group="compare")
-    prompts: int = opt(4, "rows that both answer", group="compare")
+    prompts: int = opt(4, "questions that both answer, the first a fixed one that is shown", group="compare")
     max_new_tokens: int = opt(64, "tokens of an answer", group="compare")
 
     max_logit_error: float | None = opt(

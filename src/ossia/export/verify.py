@@ -26,8 +26,9 @@ from ossia.train.folder import CONFIG, run_of
 
 RESULT = "verification.json"
 
+_SHOWN = "What is the capital of Japan?"
+"""Asked first, and told with its answers: a row may be nobody's business."""
 _QUESTIONS = (
-    "What is the capital of Japan?",
     "A train leaves at 14:35 and arrives at 17:10. How long does it take?",
     "用一句话解释什么是光合作用。",
     "Write a haiku about the sea.",
@@ -70,13 +71,15 @@ def run(config: VerifyConfig) -> Verification:
     exported = _folder(str(config.exported))
     original = _original(config)
     texts = list(_rows(config))
+    if not texts:
+        raise UsageError("--dataset has no conversations, only texts")
     options: dict[str, Any] = {"torch_dtype": config.torch_dtype, "device": config.device}
     say(f"verifying {exported}")
     first = _read(InferConfig(**original, **options), texts, config)
     # What the adapter's run says of the template, `first` has taken over by now.
     template = {name: getattr(first.config, name) for name in TemplateOptions.__dataclass_fields__}
     second = _read(InferConfig(model=str(exported), **template, **options), texts, config, first)
-    result = _compare(config, exported, texts[0], first, second)
+    result = _compare(config, exported, first, second)
     write_json(exported / RESULT, asdict(result))
     told = lines(result)
     put_verification(exported, told)
@@ -136,7 +139,11 @@ def _rows(config: VerifyConfig) -> Iterator[Conversation]:
         yield from islice(found, config.rows)
     else:
         for question in _QUESTIONS[: config.rows]:
-            yield Conversation([Message("user", question)])
+            yield _question(question)
+
+
+def _question(text: str) -> Conversation:
+    return Conversation([Message("user", text)])
 
 
 @dataclass
@@ -164,7 +171,7 @@ def _read(
 
     engine = load_engine(options)
     if before is None:
-        prompts = [_prompt(engine.template, text) for text in texts[: config.prompts]]
+        prompts = [_prompt(engine.template, text) for text in [_question(_SHOWN), *texts][: config.prompts]]
     else:
         prompts = before.prompts
     answers = [
@@ -207,9 +214,7 @@ def _prompt(template: Any, text: Conversation) -> list[int]:
     return template.prompt(messages, tools=text.tools, reasoning_effort=text.reasoning_effort)
 
 
-def _compare(
-    config: VerifyConfig, exported: Path, asked: Conversation, first: _Reading, second: _Reading
-) -> Verification:
+def _compare(config: VerifyConfig, exported: Path, first: _Reading, second: _Reading) -> Verification:
     import torch
 
     rounded = any(name.endswith("_proj_blocks") for name in weight_files(exported))
@@ -239,7 +244,7 @@ def _compare(
         stopped=_stopped(second),
         original_stopped=_stopped(first),
         max_new_tokens=config.max_new_tokens,
-        question=next((m.content for m in reversed(asked.messages) if m.role == "user"), ""),
+        question=_SHOWN,
         original_answer=first.shown[0],
         exported_answer=second.shown[0],
     )
