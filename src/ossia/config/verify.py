@@ -46,7 +46,7 @@ class VerifyConfig(Config):
         None, "relative error of the logits; default: 0.05, with MXFP4 in the export 0.3", group="limits"
     )
     min_agreement: float | None = opt(
-        None, "share of positions with the same likeliest token; default: 0.97, with MXFP4 0.85", group="limits"
+        None, "share of positions with the same likeliest token; default: 0.95, with MXFP4 0.8", group="limits"
     )
 
     def validate(self) -> None:
