@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ossia.config.base import Config, opt
+from ossia.config.parts import ModelOptions
 from ossia.errors import UsageError
 
 
 @dataclass
-class VerifyConfig(Config):
+class VerifyConfig(ModelOptions, Config):
     """Hold an exported model against what it was made from."""
 
     group_titles: ClassVar[dict[str, str]] = {
@@ -25,15 +26,6 @@ class VerifyConfig(Config):
         group="model", positional=True,
     )  # fmt: skip
     exported: str | None = opt(None, "model folder made from it", group="model", positional=True)
-    model: str | None = opt(None, "base of the adapter; default: the one it was trained on", group="model")
-    torch_dtype: str = opt(
-        "auto",
-        "computing type; auto: bfloat16 on a GPU, float32 on a CPU",
-        group="model",
-        choices=["auto", "bfloat16", "float32"],
-    )
-    device: str = opt("auto", "auto takes a GPU where there is one", group="model", choices=["auto", "cuda", "cpu"])
-
     dataset: list[str] = opt(
         [], "rows that both read; default: those held out of the adapter's run, else a few questions", group="compare"
     )

@@ -11,10 +11,9 @@ from typing import Any
 
 from ossia.adapters.files import CONFIG as ADAPTER_CONFIG
 from ossia.config import SftConfig
-from ossia.config.base import read_yaml
 from ossia.model.folder import HUB_ID, read_json
 from ossia.track.jsonl import METRICS
-from ossia.train.folder import CONFIG, run_of
+from ossia.train.folder import options_of, run_of
 
 CARD, CURVE = "README.md", "loss.svg"
 
@@ -45,8 +44,7 @@ def write_card(folder: Path, base: str, adapter: Path, experts: str) -> None:
     losses: dict[str, list[tuple[int, float]]] = {}
     options: dict[str, Any] = {}
     if parent is not None:
-        config = SftConfig.from_dict(read_yaml(str(parent / CONFIG)), origin=str(parent / CONFIG))
-        options = _public(config)
+        options = _public(options_of(parent))
         losses = _losses(parent / METRICS)
     if len(losses.get("loss", ())) > 1:
         (folder / CURVE).write_text(_curve(losses), encoding="utf-8")

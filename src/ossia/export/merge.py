@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from ossia.export.shards import Part, Rounding, Shard, Unit, pack
 from ossia.export.tensors import Spec, pieces, read_rows
 from ossia.kernels.mxfp4 import BLOCK, dequantize
 from ossia.kernels.mxfp4.search import quantize_search
-from ossia.model.folder import read_json, weight_files
+from ossia.model.folder import by_file, read_json, weight_files
 from ossia.model.names import PROJECTIONS
 from ossia.model.stream import Stored, find_tensors
 
@@ -60,17 +59,15 @@ def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None, sh
         OssiaError: an adapter that does not fit the base, damaged files, no space, weights that are not finite.
     """
     check_output(output)
-    by_file: dict[Path, list[str]] = defaultdict(list)
-    for name, file in weight_files(base).items():
-        by_file[file].append(name)
-    stored = find_tensors(by_file)
+    files = by_file(weight_files(base))
+    stored = find_tensors(files)
     _check_stored(base, stored, dtype)
     deltas = AdapterDeltas(adapter)
     units = list(_units(stored, deltas, dtype))
     deltas.check_all_used(base)
     shards = pack(units, shard_bytes)
 
-    part = Part(output, _key(by_file, adapter, dtype, shard_bytes))
+    part = Part(output, _key(files, adapter, dtype, shard_bytes))
     done = {shard.file for shard in shards if part.has(shard)}
     _check_space(sum(shard.nbytes for shard in shards if shard.file not in done), output)
     if done:

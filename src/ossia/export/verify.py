@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ossia.adapters.files import CONFIG as ADAPTER_CONFIG
-from ossia.config import InferConfig, SftConfig, VerifyConfig
-from ossia.config.base import read_yaml
-from ossia.config.parts import DataOptions, TemplateOptions
+from ossia.config import InferConfig, VerifyConfig
+from ossia.config.parts import DataOptions, ModelOptions, TemplateOptions
 from ossia.console import progress, say
 from ossia.data.render import Counts, conversations
 from ossia.data.sources import find_datasets
@@ -22,7 +21,7 @@ from ossia.export.card import put_verification
 from ossia.export.folder import write_json
 from ossia.model.folder import weight_files
 from ossia.template.messages import Conversation, Message
-from ossia.train.folder import CONFIG, run_of
+from ossia.train.folder import options_of, run_of
 
 RESULT = "verification.json"
 
@@ -73,7 +72,7 @@ def run(config: VerifyConfig) -> Verification:
     texts = list(_rows(config))
     if not texts:
         raise UsageError("--dataset has no conversations, only texts")
-    options: dict[str, Any] = {"torch_dtype": config.torch_dtype, "device": config.device}
+    options = {name: getattr(config, name) for name in ModelOptions.__dataclass_fields__ if name != "model"}
     say(f"verifying {exported}")
     first = _read(InferConfig(**original, **options), texts, config)
     # What the adapter's run says of the template, `first` has taken over by now.
@@ -129,7 +128,7 @@ def _rows(config: VerifyConfig) -> Iterator[Conversation]:
     words, flag = config.dataset, "--dataset"
     parent = run_of(Path(str(config.original)).expanduser().resolve())
     if not words and parent is not None:
-        words = SftConfig.from_dict(read_yaml(str(parent / CONFIG)), origin=str(parent / CONFIG)).val_dataset
+        words = options_of(parent).val_dataset
         try:
             find_datasets(words, flag)
         except UsageError:

@@ -8,8 +8,7 @@ from typing import Any
 
 from ossia.adapters.files import base_model_of, check_adapter
 from ossia.compat import quiet_libraries
-from ossia.config import InferConfig, SftConfig
-from ossia.config.base import read_yaml
+from ossia.config import InferConfig
 from ossia.config.parts import TemplateOptions
 from ossia.console import say
 from ossia.data.sources import find_datasets
@@ -17,7 +16,7 @@ from ossia.errors import UsageError
 from ossia.model.folder import resolve_model
 from ossia.model.tokenizer import load_tokenizer
 from ossia.template.options import template_from
-from ossia.train.folder import CONFIG, run_of
+from ossia.train.folder import options_of, run_of
 
 
 def run(config: InferConfig) -> None:
@@ -69,7 +68,7 @@ def _settings_of_run(config: InferConfig, adapter: Path) -> None:
     parent = run_of(adapter)
     if parent is None:
         return
-    trained = SftConfig.from_dict(read_yaml(str(parent / CONFIG)), origin=str(parent / CONFIG))
+    trained = options_of(parent)
     for field in dataclasses.fields(TemplateOptions):
         if getattr(config, field.name) == field.default:
             setattr(config, field.name, getattr(trained, field.name))

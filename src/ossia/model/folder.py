@@ -72,6 +72,14 @@ def weight_files(folder: Path) -> dict[str, Path]:
     return tensors
 
 
+def by_file(files: dict[str, Path]) -> dict[Path, list[str]]:
+    """The tensors of each file, from what `weight_files` says."""
+    found: dict[Path, list[str]] = {}
+    for name, file in files.items():
+        found.setdefault(file, []).append(name)
+    return found
+
+
 def _download(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

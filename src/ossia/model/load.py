@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ossia.errors import OssiaError, UsageError, nearest
 from ossia.kernels.available import HAS_TRITON
 from ossia.kernels.mxfp4 import dequantize
 from ossia.model import attention
-from ossia.model.folder import read_json, resolve_model, weight_files
+from ossia.model.folder import by_file, read_json, resolve_model, weight_files
 from ossia.model.gpt_oss import OssiaGptOssForCausalLM
 from ossia.model.stream import Stored, find_tensors, page_locked, read_tensors
 
@@ -189,17 +188,15 @@ def _fill(
     tied = model.config.tie_word_embeddings and "lm_head.weight" not in files  # type: ignore[union-attr]
     if tied:
         del wanted["lm_head.weight"]
-    by_file: dict[Path, list[str]] = defaultdict(list)
-    for name, file in files.items():
-        by_file[file].append(name)
-    stored = find_tensors(by_file)
+    grouped = by_file(files)
+    stored = find_tensors(grouped)
     _check_stored(folder, stored, wanted)
     host = [name for name in offload if name in stored and stored[name].dtype == _dtype(name, dtype)]
     halves: dict[str, Tensor] = {}
     size = sum(entry.nbytes for entry in stored.values()) / 1e9
     started = time.monotonic()
     with progress(f"loading {folder.name}", round(size, 2), "GB") as advance:
-        for name, tensor in read_tensors(by_file, device, host):
+        for name, tensor in read_tensors(grouped, device, host):
             for key, value in _placed(name, tensor, wanted, halves, dtype):
                 put(model, key, on_host(value) if key in offload else value)
             advance(stored[name].nbytes / 1e9)

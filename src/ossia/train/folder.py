@@ -7,6 +7,8 @@ import re
 import time
 from pathlib import Path
 
+from ossia.config import SftConfig
+from ossia.config.base import read_yaml
 from ossia.errors import UsageError
 
 CONFIG = "config.yaml"
@@ -41,3 +43,8 @@ def run_of(checkpoint: Path) -> Path | None:
     """The run folder that a checkpoint belongs to, if its options are there."""
     parent = checkpoint.parent
     return parent if (parent / CONFIG).is_file() else None
+
+
+def options_of(run: Path) -> SftConfig:
+    """The resolved options of a run."""
+    return SftConfig.from_dict(read_yaml(str(run / CONFIG)), origin=str(run / CONFIG))

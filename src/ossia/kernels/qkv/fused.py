@@ -36,22 +36,21 @@ class _Qkv(torch.autograd.Function):
         *ab: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         batch, length, inputs = x.shape
-        x_TI = x.reshape(-1, inputs)
+        x_TI, shapes = x.reshape(-1, inputs), [tensor.shape for tensor in ab]
         with torch.autocast(x.device.type, enabled=False):
             a_RI = torch.cat(ab[0::2]).to(x.dtype)
             b_XR = x.new_zeros(weight_XI.shape[0], a_RI.shape[0])
-            for b, scale, own in zip(ab[1::2], scales, _blocks(b_XR, ab), strict=True):
+            for b, scale, own in zip(ab[1::2], scales, _blocks(b_XR, shapes), strict=True):
                 own.copy_(b * scale)
             u_TR = x_TI @ a_RI.T
             out_TX = F.linear(x_TI, weight_XI, bias_X).addmm_(u_TR, b_XR.T)
         out = out_TX.view(batch, length, -1, 2 * cos.shape[-1])
-        *_, b_v = ab
-        values = b_v.shape[0] // out.shape[-1]
+        values = shapes[-1][0] // out.shape[-1]
         turned = out[:, :, :-values]
         turn(turned, cos, sin, turned)
         ctx.frozen, ctx.scales = weight_XI, scales
         ctx.kinds = [tensor.dtype for tensor in ab]
-        ctx.shapes = [tensor.shape for tensor in ab]
+        ctx.shapes = shapes
         ctx.save_for_backward(x_TI, u_TR, a_RI, b_XR, cos, sin)
         return out[:, :, : -2 * values], out[:, :, -2 * values : -values], out[:, :, -values:]
 
@@ -77,9 +76,8 @@ class _Qkv(torch.autograd.Function):
         return d_x, *[None] * 5, *d_ab
 
 
-def _blocks(matrix_XR: Tensor, ab: Sequence[Any]) -> Iterator[Tensor]:
-    """Each adapter's rows and columns of a matrix, of the adapters' tensors A, B, A, B, … or their shapes."""
-    shapes = [getattr(tensor, "shape", tensor) for tensor in ab]
+def _blocks(matrix_XR: Tensor, shapes: Sequence[torch.Size]) -> Iterator[Tensor]:
+    """Each adapter's rows and columns of a matrix, from the shapes of A, B, A, B, …"""
     rows = [shape[0] for shape in shapes[1::2]]
     ranks = [shape[0] for shape in shapes[0::2]]
     for row, rank, end, last in zip(rows, ranks, accumulate(rows), accumulate(ranks), strict=True):
