@@ -48,10 +48,10 @@ class Case:
 @pytest.mark.parametrize(("bias", "shared"), [(True, True), (False, False)])
 @pytest.mark.parametrize("shape", [(1, 1, 24, 1, 1, 16), (2, 7, 40, 6, 2, 16), (2, 5, 48, 64, 8, 64)])
 @pytest.mark.parametrize("which", ["fused", "reference"])
-def test_outputs_and_gradients_against_float64(device, which, shape, bias, shared, dtype):
+def test_outputs_and_gradients_against_float64(request, device, which, shape, bias, shared, dtype):
     function = qkv.reference
     if which == "fused":
-        pytest.importorskip("triton")
+        request.getfixturevalue("triton_device")
         from ossia.kernels.qkv.fused import qkv as function
     case = Case(device, dtype, *shape, bias, shared)
     got, want = case.run(function), case.run(qkv.reference, torch.float64)
@@ -61,11 +61,10 @@ def test_outputs_and_gradients_against_float64(device, which, shape, bias, share
         assert (mine.double() - exact).norm() <= DTYPES[dtype] * exact.norm()
 
 
-def test_frozen_input_and_no_gradient_at_all(device):
-    pytest.importorskip("triton")
+def test_frozen_input_and_no_gradient_at_all(triton_device):
     from ossia.kernels.qkv.fused import qkv as fused
 
-    case = Case(device, torch.float32, 2, 3, 24, 2, 1, 16, True, True)
+    case = Case(triton_device, torch.float32, 2, 3, 24, 2, 1, 16, True, True)
     for adapter in case.adapters:
         adapter.a.requires_grad_()
     inputs = (case.x, case.weight, case.bias, case.adapters, case.cos, case.sin)
