@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ossia.bench.run import commit
-from ossia.train.run import environment
+from ossia.bench.run import measured_on
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
@@ -243,7 +242,7 @@ def main() -> None:
             print(result, flush=True)
         if CUDA:
             torch.cuda.empty_cache()
-    made = {"environment": {**environment(torch.device(DEVICE)), "commit": commit()}, "tokens": shape.tokens}
+    made = {"environment": measured_on(torch.device(DEVICE)), "tokens": shape.tokens}
     if args.out:
         args.out.write_text(json.dumps({**made, "results": results}, indent=1) + "\n", encoding="utf-8")
 

@@ -16,6 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ossia.bench.run import measured_on
+from ossia.model.load import pick_device
+
 RUNS = {
     "fast": ["--torch_dtype", "auto", "--seed", "42"],
     "reference": ["--torch_dtype", "float32", "--attn_impl", "eager", "--seed", "42"],
@@ -54,6 +57,7 @@ def main() -> None:
             for number, (name, flags) in enumerate(RUNS.items())
         }
     result = {
+        "environment": measured_on(pick_device("auto")),
         "apart": {name: apart(curves["fast"], curve) for name, curve in curves.items() if name != "fast"},
         "curves": curves,
     }

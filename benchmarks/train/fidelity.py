@@ -4,8 +4,7 @@ python benchmarks/train/fidelity.py --model FOLDER --out FILE.json [--unsloth]
 
 FOLDER holds few layers at true size (checkpoint.py --layers 2). The reference is transformers with stock PEFT in
 float32 on dequantized weights; its routing is forced on the others, so that a near tie of two experts decides nothing
-(not on Unsloth, whose routers are out of reach: give --router 1 to checkpoint.py, and take its figure as an upper
-bound).
+(not on Unsloth, whose routers are out of reach: its figure holds what near ties do too).
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ossia.bench.run import measured_on
 
 Grads = dict[str, Tensor]
 
@@ -227,6 +228,8 @@ def main() -> None:
         return unsloth_step(*args.unsloth_step)
     tokens = (2, 512)
     result: dict[str, Any] = {
+        "environment": measured_on(torch.device("cuda")),
+        "tokens": tokens,
         "attention and experts": compare(args.model, "cuda", tokens),
         "attention": compare(args.model, "cuda", tokens, "none"),
     }

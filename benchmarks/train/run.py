@@ -35,8 +35,8 @@ CASES: dict[str, tuple[int, int, int, int, list[str]]] = {
     "4x4096 in 76 GB": (4, 4096, 20, 5, ["--memory_budget", "76GB"]),
     "1x2048 in 13.8 GB": (1, 2048, 15, 5, ["--memory_budget", "13.8GB"]),
     "1x131072 in 76 GB": (1, 131072, 2, 1, ["--memory_budget", "76GB"]),
-    "1x16384 one document": (1, 16384, 15, 5, ["--memory_budget", "40GB"]),
-    "1x16384 packed": (1, 16384, 15, 5, ["--memory_budget", "40GB", "--packing", "true"]),
+    "1x16384 one document": (1, 16384, 35, 5, ["--memory_budget", "76GB"]),
+    "1x16384 packed": (1, 16384, 35, 5, ["--memory_budget", "76GB", "--packing", "true"]),
 }
 PACKED_ROW = 256  # tokens of a row in the packed case
 PEERS: dict[str, list[tuple[int, int]]] = {
@@ -155,11 +155,10 @@ def main() -> None:
         if "failed" in result:
             print(result["failed"], flush=True)
 
-    from ossia.bench.run import commit
+    from ossia.bench.run import measured_on
     from ossia.model.load import pick_device
-    from ossia.train.run import environment as describe
 
-    environment = {**describe(pick_device("auto")), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+    environment = measured_on(pick_device("auto"))
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         # The first case compiles every kernel anew; the others find them.

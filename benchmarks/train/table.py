@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
-NEWEST = "h100-3.json"
+NEWEST = "h100-5.json"
 _NAMES = {
     "tutorial": "transformers + PEFT",
     "unsloth": "Unsloth {unsloth}, 16 bit",

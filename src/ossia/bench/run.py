@@ -33,7 +33,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     from ossia.bench.model import config_of, random_model
     from ossia.model.load import pick_device, pick_dtype
     from ossia.train.recompute import apply_plan
-    from ossia.train.run import environment, expandable_memory, plan_for, training_arguments
+    from ossia.train.run import expandable_memory, plan_for, training_arguments
 
     expandable_memory()
     quiet_libraries()
@@ -74,8 +74,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
         "planned_bytes": plan.peak if plan else None,
         "loss_chunk": plan.loss_chunk if plan else None,
         "kernels": kernels[:_SHOWN],
-        "environment": environment(device),
-        "commit": commit(),
+        "environment": measured_on(device),
     }
     for kernel in kernels[:_SHOWN]:
         say(f"  {kernel['milliseconds']:9.2f} ms  {kernel['calls']:>6} calls  {kernel['name'][:80]}")
@@ -169,7 +168,14 @@ def _now(device: Any) -> float:
     return time.perf_counter()
 
 
-def commit() -> str | None:
+def measured_on(device: Any) -> dict[str, Any]:
+    """Hardware, versions, date and Ossia's commit, for a benchmark's record."""
+    from ossia.train.run import environment
+
+    return {**environment(device), "commit": _commit(), "date": time.strftime("%Y-%m-%d")}
+
+
+def _commit() -> str | None:
     """Of a checkout of Ossia; None for an installed package."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
