@@ -394,7 +394,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     script = (
         "import sys, torch; from pathlib import Path\n"
         "from ossia.export import tensors; from ossia.export.merge import merge\n"
-        "tensors.PIECE_VALUES = 1 << 16; torch.set_num_threads(1); root = Path(sys.argv[1])\n"
+        "tensors.PIECE_VALUES = {'cpu': 1 << 16}; torch.set_num_threads(1); root = Path(sys.argv[1])\n"
         "for run, base in enumerate(('few', 'few', 'many')):\n"
         "    for dtype in (torch.bfloat16, None):\n"
         "        open('/proc/self/clear_refs', 'w').write('5')\n"

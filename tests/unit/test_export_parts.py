@@ -21,6 +21,7 @@ from ossia.export.shards import Unit, pack
 from ossia.export.tensors import Spec, Writer, pieces, read_rows
 from ossia.model.stream import read_header
 
+CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float32, torch.uint8, torch.bool, torch.int64)
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
@@ -35,16 +36,16 @@ def test_a_file_in_pieces_is_what_safetensors_reads(tmp_path_factory, kinds, siz
     path = tmp_path_factory.mktemp("file") / "x.safetensors"
     want = {f"t{index}": random(*kind) for index, kind in enumerate(kinds)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PIECE_VALUES", size)
+        patch.setattr(module, "PIECE_VALUES", {"cpu": size})
         with Writer(path, {name: Spec(t.dtype, tuple(t.shape)) for name, t in want.items()}) as writer:
             for name, tensor in want.items():
-                for first, last in pieces(tuple(tensor.shape)):
+                for first, last in pieces(tuple(tensor.shape), CPU):
                     writer.write(name, tensor[first:last] if tensor.ndim else tensor)
         got, stored = load_file(path), read_header(path)
         for name, tensor in want.items():
             assert got[name].dtype == tensor.dtype
             assert torch.equal(got[name], tensor)
-            rows = [read_rows(stored[name], first, last) for first, last in pieces(stored[name].shape)]
+            rows = [read_rows(stored[name], first, last) for first, last in pieces(stored[name].shape, CPU)]
             if rows:
                 assert torch.equal(torch.cat(rows) if tensor.ndim else rows[0], tensor)
     assert os.listdir(path.parent) == [path.name]
@@ -103,12 +104,12 @@ def test_changes_are_those_of_peft_in_any_pieces(tmp_path, rslora, scaling):
     deltas = AdapterDeltas(tmp_path)
     assert deltas.linear("k.weight", (5, 3)) is None
     assert deltas.experts("mlp.experts.gate_up_proj", (4, 3, 5)) is None
-    linear = deltas.linear("q.weight", (5, 3)).read()
+    linear = deltas.linear("q.weight", (5, 3)).read(CPU)
     want = made["q.lora_B.weight"] @ made["q.lora_A.weight"] * scaling
     torch.testing.assert_close(torch.cat([linear.rows(0, 2), linear.rows(2, 5)]), want)
     with pytest.raises(OssiaError, match="adapter of another base model"):
         deltas.check_all_used(tmp_path)
-    experts = deltas.experts("mlp.experts.down_proj", (4, 3, 5)).read()
+    experts = deltas.experts("mlp.experts.down_proj", (4, 3, 5)).read(CPU)
     # As `ParamWrapper.get_delta_weight` of peft 0.21 has it.
     a = made["mlp.experts.lora_A.weight"].reshape(4, -1, 3)
     b = made["mlp.experts.lora_B.weight"].reshape(5, -1, 4)

@@ -13,14 +13,19 @@ from ossia.errors import UsageError
 class ExportConfig(Config):
     """Write a model that runs without Ossia."""
 
-    group_titles: ClassVar[dict[str, str]] = {"model": "what", "output": "where", "run": "run"}
+    group_titles: ClassVar[dict[str, str]] = {
+        "model": "what",
+        "calibration": "calibration",
+        "output": "where",
+        "run": "run",
+    }
 
     adapters: str | None = opt(None, "checkpoint folder of a LoRA run", group="model")
     model: str | None = opt(None, "base model; default: the one the adapter was trained on", group="model")
     merge_lora: bool = opt(False, "add the adapter to the base weights", group="model")
     format: str = opt(
         "bf16",
-        "mxfp4: gpt-oss's experts in 4 bits, a third of the size; small changes of experts are lost in it",
+        "mxfp4: gpt-oss's experts in 4 bits, a third of the size; small changes of experts need --calibrate true there",
         group="model",
         choices=["bf16", "mxfp4"],
     )
@@ -30,6 +35,16 @@ class ExportConfig(Config):
         group="model",
         choices=["bfloat16", "float32"],
     )
+    calibrate: bool = opt(
+        False,
+        "round --format mxfp4 so that the experts' outputs on rows stay, by a forward pass of base + adapter over them",
+        group="calibration",
+    )
+    dataset: list[str] = opt([], "rows for it; default: those that the adapter was trained on", group="calibration")
+    quant_n_samples: int = opt(128, "how many of them, drawn at random", group="calibration")
+    max_length: int = opt(512, "tokens of a row that count", group="calibration")
+
+    device: str = opt("auto", "auto takes a GPU where there is one", group="run", choices=["auto", "cuda", "cpu"])
     verify: bool = opt(True, "afterwards hold the files against base + adapter, in a new process", group="output")
     output_dir: str | None = opt(None, "folder to write; default: <adapters>-merged", group="output")
     max_shard_size: float = opt(5.0, "size of one weight file, GB", group="output")
@@ -41,5 +56,12 @@ class ExportConfig(Config):
             raise UsageError("nothing to do: give --merge_lora true")
         if self.format == "mxfp4" and self.torch_dtype is not None:
             raise UsageError("--torch_dtype is for --format bf16; mxfp4 keeps the base's types, so leave it out")
+        if self.calibrate and self.format != "mxfp4":
+            raise UsageError(f"--calibrate is for --format mxfp4; {self.format} loses nothing that it could keep")
+        if self.dataset and not self.calibrate:
+            raise UsageError("--dataset is for --calibrate true; give both or neither")
+        for name in ("quant_n_samples", "max_length"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_shard_size <= 0:
             raise UsageError(f"--max_shard_size is {self.max_shard_size}; it must be above 0 GB")

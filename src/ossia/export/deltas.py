@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ossia.adapters.files import CONFIG, WEIGHTS
@@ -41,9 +42,9 @@ class Delta:
     scaling: float
     experts: int = 0
 
-    def read(self) -> Factors:
+    def read(self, device: torch.device) -> Factors:
         """Both factors in float32, the scaling in the left one."""
-        a, b = (read_rows(side, 0, side.shape[0]).float() for side in (self.lora_a, self.lora_b))
+        a, b = (read_rows(side, 0, side.shape[0]).to(device).float() for side in (self.lora_a, self.lora_b))
         if not self.experts:
             return Factors(b * self.scaling, a)
         a_EIR = a.view(self.experts, -1, a.shape[1]).transpose(1, 2)

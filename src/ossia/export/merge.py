@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,23 +21,33 @@ from torch import Tensor
 from ossia.adapters.files import CONFIG, WEIGHTS
 from ossia.console import progress, say
 from ossia.errors import OssiaError, UsageError
+from ossia.export.calibrate import Calibration, Grams
 from ossia.export.deltas import AdapterDeltas, Delta
 from ossia.export.folder import INDEX, REPORT, check_output, write_json, write_rest
 from ossia.export.shards import Part, Rounding, Shard, Unit, pack
 from ossia.export.tensors import Spec, pieces, read_rows
 from ossia.kernels.mxfp4 import BLOCK, dequantize
+from ossia.kernels.mxfp4.calibrated import quantize_calibrated
 from ossia.kernels.mxfp4.search import quantize_search
 from ossia.model.folder import by_file, read_json, weight_files
 from ossia.model.names import PROJECTIONS
 from ossia.model.stream import Stored, find_tensors
 
 _EXPERTS = tuple(f".experts.{projection}" for projection in PROJECTIONS)
-_MEASURES = ("error", "plain_error", "change", "kept")
-_RECIPE = 1
+_CALIBRATION = "calibration"
+_RECIPE = 2
 """Version of what is written; with another one an interrupted export starts again."""
 
 
-def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None, shard_bytes: int) -> Path:
+def merge(
+    base: Path,
+    adapter: Path,
+    output: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    calibration: Calibration | None = None,
+    device: torch.device | None = None,
+) -> Path:
     """Write the merged model to `output`, complete or not at all.
 
     Everything that can be known from headers and free space is checked first. What a stopped export has finished stays
@@ -44,7 +55,9 @@ def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None, sh
 
     `export_report.json` holds, for each expert tensor that was rounded to MXFP4, norms relative to the merged weights':
     `error` of what was written, `plain_error` of the plain rule (see `ossia.kernels.mxfp4`), `change` by the adapter;
-    and `kept`, how much of that change the written weights make along its direction (1: all of it).
+    and `kept`, how much of that change the written weights make along its direction (1: all of it). With a calibration
+    also `lost`, how far outputs on its inputs are from where the adapter moves them, relative to that move, and
+    `nearest_lost`, the same by nearest rounding.
 
     Args:
         base: model folder, experts in MXFP4 or floating point.
@@ -53,6 +66,8 @@ def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None, sh
         dtype: of the written weights, experts in transformers' own layout [E, I, O]; None keeps the base's dtypes and
             writes experts in MXFP4, as openai/gpt-oss-20b does.
         shard_bytes: size of a weight file.
+        calibration: what experts are given; rounding to MXFP4 then keeps their outputs rather than their weights.
+        device: where it is computed; default: the CPU.
 
     Raises:
         UsageError: `output` is not empty.
@@ -63,16 +78,20 @@ def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None, sh
     stored = find_tensors(files)
     _check_stored(base, stored, dtype)
     deltas = AdapterDeltas(adapter)
-    units = list(_units(stored, deltas, dtype))
+    units = list(_Merge(stored, deltas, dtype, calibration, device or torch.device("cpu")).units())
     deltas.check_all_used(base)
     shards = pack(units, shard_bytes)
 
-    part = Part(output, _key(files, adapter, dtype, shard_bytes))
+    key = _key(files, adapter, dtype, shard_bytes) | {"calibration": calibration and calibration.key}
+    part = Part(output, key)
     done = {shard.file for shard in shards if part.has(shard)}
-    _check_space(sum(shard.nbytes for shard in shards if shard.file not in done), output)
+    left = sum(shard.nbytes for shard in shards if shard.file not in done)
+    _check_space(left + (calibration.nbytes if calibration and left else 0), output)
     if done:
         say(f"going on with a stopped export: {len(done)} of {len(shards)} weight files are finished")
     try:
+        if calibration and left:
+            calibration.collect(part.folder / _CALIBRATION)
         with progress("merging", len(units), "tensors") as advance:
             for shard in shards:
                 if shard.file in done:
@@ -84,6 +103,7 @@ def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None, sh
         roundings = {name: rounding for shard in shards for name, rounding in part.done[shard.file].items()}
         if roundings:
             _report(part.folder, roundings)
+        shutil.rmtree(part.folder / _CALIBRATION, ignore_errors=True)
         part.finish(output)
     except OssiaError:
         part.remove()
@@ -122,101 +142,166 @@ class _Experts:
         experts, outputs, groups = self.scales.shape
         return experts, groups * BLOCK, outputs
 
-    def read(self, first: int, last: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def read(self, first: int, last: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Some experts, float32 [E, O, I], and the blocks and scales that they are, if that is how they are stored."""
         if self.dense is not None:
-            return read_rows(self.dense, first, last).float().transpose(1, 2), None
+            return read_rows(self.dense, first, last).to(device).float().transpose(1, 2), None
         assert self.blocks is not None
         assert self.scales is not None
-        packed = read_rows(self.blocks, first, last), read_rows(self.scales, first, last)
-        return dequantize(*packed, torch.float32), packed
+        blocks, scales = (read_rows(half, first, last).to(device) for half in (self.blocks, self.scales))
+        return dequantize(blocks, scales, torch.float32), (blocks, scales)
 
 
-def _units(stored: dict[str, Stored], deltas: AdapterDeltas, dtype: torch.dtype | None) -> Iterator[Unit]:
-    for name, entry in stored.items():
-        stem, _, half = name.rpartition("_")
-        if packed := _is_packed(name):
-            experts = _Experts(stem, None, stored[f"{stem}_blocks"], stored[f"{stem}_scales"])
-        elif name.endswith(_EXPERTS):
-            experts = _Experts(name, entry)
-        else:
-            yield _plain(name, entry, deltas.linear(name, entry.shape), dtype)
-            continue
-        delta = deltas.experts(experts.name, experts.shape)
-        if packed and delta is None and dtype is None:
-            yield _plain(name, entry, None, None)
-        elif not packed or half == "blocks":
-            yield _mxfp4(experts, delta) if dtype is None else _dense(experts, delta, dtype)
+@dataclass(frozen=True)
+class _Merge:
+    """How the tensors of a merged model are made."""
 
+    stored: dict[str, Stored]
+    deltas: AdapterDeltas
+    dtype: torch.dtype | None
+    calibration: Calibration | None
+    device: torch.device
 
-def _plain(name: str, entry: Stored, delta: Delta | None, dtype: torch.dtype | None) -> Unit:
-    """A tensor in the dtype that is asked for, or its own; without a change in that, byte for byte."""
-    spec = Spec(dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype, entry.shape)
+    def units(self) -> Iterator[Unit]:
+        for name, entry in self.stored.items():
+            stem, _, half = name.rpartition("_")
+            if packed := _is_packed(name):
+                experts = self._experts(stem)
+            elif name.endswith(_EXPERTS):
+                experts = self._experts(name)
+            else:
+                yield self._plain(name, entry, self.deltas.linear(name, entry.shape), self.dtype)
+                continue
+            delta = self.deltas.experts(experts.name, experts.shape)
+            if packed and delta is None and self.dtype is None:
+                yield self._plain(name, entry, None, None)
+            elif not packed or half == "blocks":
+                yield self._mxfp4(experts, delta) if self.dtype is None else self._dense(experts, delta, self.dtype)
 
-    def make(roundings: dict[str, Rounding]) -> Iterator[tuple[str, Tensor]]:
-        factors = delta.read() if delta else None
-        for first, last in pieces(entry.shape):
-            rows = read_rows(entry, first, last)
+    def _experts(self, name: str) -> _Experts:
+        halves = (self.stored.get(f"{name}_{half}") for half in ("blocks", "scales"))
+        return _Experts(name, self.stored.get(name), *halves)
+
+    def _plain(self, name: str, entry: Stored, delta: Delta | None, dtype: torch.dtype | None) -> Unit:
+        """A tensor in the dtype that is asked for, or its own; without a change in that, byte for byte."""
+        spec = Spec(dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype, entry.shape)
+
+        def make(roundings: dict[str, Rounding]) -> Iterator[tuple[str, Tensor]]:
+            factors = delta.read(self.device) if delta else None
+            for first, last in pieces(entry.shape, self.device):
+                rows = read_rows(entry, first, last)
+                if factors is not None:
+                    rows = _finite(rows.to(self.device).float() + factors.rows(first, last), name)
+                yield name, rows.to(spec.dtype)
+
+        return Unit({name: spec}, make)
+
+    def _dense(self, experts: _Experts, delta: Delta | None, dtype: torch.dtype) -> Unit:
+        """Experts in floating point, [E, I, O]."""
+
+        def make(roundings: dict[str, Rounding]) -> Iterator[tuple[str, Tensor]]:
+            for _, _, weight_EOI, _ in self._merged(experts, delta):
+                yield experts.name, weight_EOI.transpose(1, 2).to(dtype)
+
+        return Unit({experts.name: Spec(dtype, experts.shape)}, make)
+
+    def _mxfp4(self, experts: _Experts, delta: Delta | None) -> Unit:
+        """Experts in MXFP4; nearest rounding leaves blocks that the merge leaves the base's, byte for byte."""
+        count, inputs, outputs = experts.shape
+        if inputs % BLOCK:
+            raise OssiaError(
+                f"--format mxfp4: {experts.name} has {inputs} inputs, no multiple of {BLOCK}; take --format bf16"
+            )
+        scales_shape = (count, outputs, inputs // BLOCK)
+        names = f"{experts.name}_blocks", f"{experts.name}_scales"
+        specs = Spec(torch.uint8, (*scales_shape, BLOCK // 2)), Spec(torch.uint8, scales_shape)
+
+        def make(roundings: dict[str, Rounding]) -> Iterator[tuple[str, Tensor]]:
+            grams, told = self._grams(experts), _Told()
+            for span, base_EOI, weight_EOI, packed in self._merged(experts, delta):
+                found = quantize_search(weight_EOI)
+                blocks, scales = found.blocks, found.scales
+                if packed is not None:
+                    same_EOG = (weight_EOI == base_EOI).reshape(*scales.shape, BLOCK).all(dim=-1)
+                    blocks = torch.where(same_EOG.unsqueeze(-1), packed[0], blocks)
+                    scales = torch.where(same_EOG, packed[1], scales)
+                nearest_EOI = dequantize(blocks, scales, torch.float32)
+                told.add("plain_error", found.plain_error.sum())
+                if grams is not None:
+                    gram_EII = grams(*span)
+                    blocks, scales = quantize_calibrated(weight_EOI, gram_EII)
+                yield names[0], blocks
+                yield names[1], scales
+                written_EOI = dequantize(blocks, scales, torch.float32)
+                change_EOI = weight_EOI - base_EOI
+                told.add("weight", weight_EOI.square().sum())
+                told.add("error", (written_EOI - weight_EOI).square().sum())
+                told.add("change", change_EOI.square().sum())
+                told.add("kept", ((written_EOI - base_EOI) * change_EOI).sum())
+                if grams is not None:
+                    told.add("moved", _on_inputs(change_EOI, gram_EII))
+                    told.add("lost", _on_inputs(written_EOI - weight_EOI, gram_EII))
+                    told.add("nearest_lost", _on_inputs(nearest_EOI - weight_EOI, gram_EII))
+            roundings[experts.name] = told.rounding()
+
+        return Unit(dict(zip(names, specs, strict=True)), make)
+
+    def _merged(
+        self, experts: _Experts, delta: Delta | None
+    ) -> Iterator[tuple[tuple[int, int], Tensor, Tensor, tuple[Tensor, Tensor] | None]]:
+        """Piece by piece: first and last expert, the base's weights and the merged ones, float32 [E, O, I], and the
+        base's blocks and scales."""
+        factors = delta.read(self.device) if delta else None
+        for first, last in pieces(experts.shape, self.device):
+            base_EOI, packed = experts.read(first, last, self.device)
+            weight_EOI = base_EOI if factors is None else base_EOI + factors.rows(first, last).transpose(1, 2)
+            yield (first, last), base_EOI, _finite(weight_EOI, experts.name), packed
+
+    def _grams(self, experts: _Experts) -> Grams | None:
+        if self.calibration is None:
+            return None
+        module, _, projection = experts.name.rpartition(".")
+        if projection == PROJECTIONS[0]:
+            return self.calibration.grams(module, self.device)
+        first_product = self._experts(f"{module}.{PROJECTIONS[0]}")
+        bias = self.stored[f"{first_product.name}_bias"]
+        delta = self.deltas.experts(first_product.name, first_product.shape)
+        factors = delta.read(self.device) if delta else None
+
+        def weights(first: int, last: int) -> tuple[Tensor, Tensor]:
+            weight_EOI, _ = first_product.read(first, last, self.device)
             if factors is not None:
-                rows = _finite(rows.float() + factors.rows(first, last), name)
-            yield name, rows.to(spec.dtype)
+                weight_EOI = weight_EOI + factors.rows(first, last).transpose(1, 2)
+            return weight_EOI, read_rows(bias, first, last).to(self.device).float()
 
-    return Unit({name: spec}, make)
-
-
-def _dense(experts: _Experts, delta: Delta | None, dtype: torch.dtype) -> Unit:
-    """Experts in floating point, [E, I, O]."""
-
-    def make(roundings: dict[str, Rounding]) -> Iterator[tuple[str, Tensor]]:
-        for _, weight_EOI, _ in _merged(experts, delta):
-            yield experts.name, weight_EOI.transpose(1, 2).to(dtype)
-
-    return Unit({experts.name: Spec(dtype, experts.shape)}, make)
+        return self.calibration.grams(module, self.device, weights)
 
 
-def _mxfp4(experts: _Experts, delta: Delta | None) -> Unit:
-    """Experts in MXFP4; blocks that the merge leaves as they are stay the base's, byte for byte."""
-    count, inputs, outputs = experts.shape
-    if inputs % BLOCK:
-        raise OssiaError(
-            f"--format mxfp4: {experts.name} has {inputs} inputs, no multiple of {BLOCK}; take --format bf16"
-        )
-    scales_shape = (count, outputs, inputs // BLOCK)
-    names = f"{experts.name}_blocks", f"{experts.name}_scales"
-    specs = Spec(torch.uint8, (*scales_shape, BLOCK // 2)), Spec(torch.uint8, scales_shape)
+class _Told:
+    """Sums over a tensor's pieces of squares, and of products for `kept`."""
 
-    def make(roundings: dict[str, Rounding]) -> Iterator[tuple[str, Tensor]]:
-        weight = error = plain_error = change = kept = 0.0
-        for base_EOI, weight_EOI, packed in _merged(experts, delta):
-            found = quantize_search(weight_EOI)
-            blocks, scales, errors_EOG = found.blocks, found.scales, found.error
-            if packed is not None:
-                same_EOG = (weight_EOI == base_EOI).reshape(*scales.shape, BLOCK).all(dim=-1)
-                blocks = torch.where(same_EOG.unsqueeze(-1), packed[0], blocks)
-                scales = torch.where(same_EOG, packed[1], scales)
-                errors_EOG = errors_EOG.masked_fill(same_EOG, 0)
-            yield names[0], blocks
-            yield names[1], scales
-            weight += _square(weight_EOI)
-            error += float(errors_EOG.sum())
-            plain_error += float(found.plain_error.sum())
-            change_EOI = weight_EOI - base_EOI
-            change += _square(change_EOI)
-            kept += float((dequantize(blocks, scales, torch.float32).sub_(base_EOI).mul_(change_EOI)).sum())
-        norms = {"error": error, "plain_error": plain_error, "change": change}
-        rounding = {key: math.sqrt(value / weight) if weight else 0.0 for key, value in norms.items()}
-        roundings[experts.name] = rounding | {"kept": kept / change if change else 1.0}
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
 
-    return Unit(dict(zip(names, specs, strict=True)), make)
+    def add(self, name: str, value: Tensor) -> None:
+        self.sums[name] += float(value)
+
+    def rounding(self) -> Rounding:
+        """See `merge`."""
+        sums = self.sums
+        found = {name: _relative(sums[name], sums["weight"]) for name in ("error", "plain_error", "change")}
+        found["kept"] = sums["kept"] / sums["change"] if sums["change"] else 1.0
+        names = ("lost", "nearest_lost") if "moved" in sums else ()
+        return found | {name: _relative(sums[name], sums["moved"]) for name in names}
 
 
-def _merged(experts: _Experts, delta: Delta | None) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]]:
-    """Piece by piece the base's weights and the merged ones, float32 [E, O, I], and the base's blocks and scales."""
-    factors = delta.read() if delta else None
-    for first, last in pieces(experts.shape):
-        base_EOI, packed = experts.read(first, last)
-        weight_EOI = base_EOI if factors is None else base_EOI + factors.rows(first, last).transpose(1, 2)
-        yield base_EOI, _finite(weight_EOI, experts.name), packed
+def _relative(square: float, of: float) -> float:
+    return math.sqrt(square / of) if of else 0.0
+
+
+def _on_inputs(difference_EOI: Tensor, gram_EII: Tensor) -> Tensor:
+    """The sum of squares of what weights' difference does to the outputs of all inputs."""
+    return ((difference_EOI @ gram_EII) * difference_EOI).sum()
 
 
 def _finite(weight: Tensor, name: str) -> Tensor:
@@ -225,10 +310,6 @@ def _finite(weight: Tensor, name: str) -> Tensor:
             f"{name}: merged weights hold NaN or infinity; take a checkpoint from before training diverged"
         )
     return weight
-
-
-def _square(values: Tensor) -> float:
-    return float(values.square().sum())
 
 
 def _is_packed(name: str) -> bool:
@@ -283,17 +364,22 @@ def _write_index(folder: Path, shards: list[Shard]) -> None:
 
 def _report(folder: Path, roundings: dict[str, Rounding]) -> None:
     """Write what rounding to MXFP4 did, and say the sum of it."""
-
-    def over(pick: Callable[[list[float]], float], key: str) -> float:
-        return pick([rounding[key] for rounding in roundings.values()])
-
-    mean = {key: over(fmean, key) for key in _MEASURES}
-    worst = {key: over(min if key == "kept" else max, key) for key in _MEASURES}
+    by_measure = {key: [rounding[key] for rounding in roundings.values()] for key in next(iter(roundings.values()))}
+    mean = {key: fmean(values) for key, values in by_measure.items()}
+    worst = {key: (min if key == "kept" else max)(values) for key, values in by_measure.items()}
     write_json(folder / REPORT, {"format": "mxfp4", "worst": worst, "mean": mean, "tensors": roundings})
     say(
         f"experts rounded to MXFP4: relative error {mean['error']:.2%} on average, {worst['error']:.2%} at worst "
         f"(plain rule: {mean['plain_error']:.2%}, {worst['plain_error']:.2%}); {mean['kept']:.0%} of the adapter's "
         f"change ({mean['change']:.2%}) is kept; by tensor in {REPORT}"
     )
-    if mean["kept"] < 0.5:
-        say("warning: four bits are too coarse for this adapter's change to the experts; --format bf16 keeps all of it")
+    if "lost" in mean:
+        say(
+            f"on the calibration's inputs outputs miss {mean['lost']:.0%} of where the adapter moves them "
+            f"(nearest rounding: {mean['nearest_lost']:.0%})"
+        )
+    elif mean["kept"] < 0.5:
+        say(
+            "warning: nearest rounding to four bits takes back most of this adapter's change to the experts; "
+            "--calibrate true rounds for the outputs, --format bf16 keeps all of it"
+        )

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 from ossia.adapters.files import base_model_of, check_adapter
-from ossia.config import ExportConfig
+from ossia.config import ExportConfig, InferConfig
 from ossia.console import say, tool
-from ossia.errors import OssiaError
+from ossia.errors import OssiaError, UsageError
 from ossia.export.card import write_card
 from ossia.export.folder import check_output
+from ossia.export.rows import conversations_of, drawn
+from ossia.infer.run import template_of
 from ossia.model.folder import resolve_model
 
 
@@ -23,12 +25,18 @@ def run(config: ExportConfig) -> Path:
     named = config.model or base_model_of(adapter)
     base = resolve_model(named)
 
-    from ossia.export.merge import merge
-    from ossia.model.load import DTYPES
+    options = InferConfig(adapters=str(adapter), model=config.model, device=config.device)
+    texts = _calibration_texts(config, adapter, options) if config.calibrate else []
 
+    from ossia.export.calibrate import Calibration
+    from ossia.export.merge import merge
+    from ossia.model.load import DTYPES, pick_device
+
+    device = pick_device(config.device)
+    calibration = Calibration(options, base, texts) if texts else None
     dtype = None if config.format == "mxfp4" else DTYPES[config.torch_dtype or "bfloat16"]
     say(f"merging {adapter} into {base}")
-    merge(base, adapter, output, dtype, int(config.max_shard_size * 1e9))
+    merge(base, adapter, output, dtype, int(config.max_shard_size * 1e9), calibration, device)
     types = "experts in MXFP4" if dtype is None else str(dtype).removeprefix("torch.")
     write_card(output, named, adapter, types)
     say(f"merged model: {output} ({types}; loads with transformers alone)")
@@ -38,11 +46,23 @@ def run(config: ExportConfig) -> Path:
     return output
 
 
+def _calibration_texts(config: ExportConfig, adapter: Path, options: InferConfig) -> list[list[int]]:
+    found = conversations_of(adapter, config.dataset, "dataset")
+    if found is None:
+        raise UsageError(f"--calibrate true: the rows that {adapter} was trained on are not there; give --dataset")
+    rows = drawn(found, config.quant_n_samples)
+    if not rows:
+        raise UsageError("--calibrate true: there are no conversations among the rows, only texts; give --dataset")
+    _, template = template_of(options)
+    return [template.render(row).input_ids[: config.max_length] for row in rows]
+
+
 def _verify(config: ExportConfig, adapter: Path, output: Path) -> None:
     """In a new process, which has nothing but the files. OssiaError where it finds that they say something else."""
     command = [sys.executable, "-m", "ossia", "verify", str(adapter), str(output)]
     if config.model is not None:
         command += ["--model", config.model]
+    command += ["--device", config.device]
     done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         reason = done.stderr.strip().removeprefix("error: ") or f"{output}: verifying ended with {done.returncode}"

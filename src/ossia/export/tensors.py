@@ -15,8 +15,8 @@ from torch import Tensor
 from ossia.errors import OssiaError
 from ossia.model.stream import DTYPES, Stored
 
-PIECE_VALUES = 16 << 20
-"""Values handled at a time, or one row of a tensor (one expert) if that is more."""
+PIECE_VALUES = {"cpu": 16 << 20, "cuda": 256 << 20}
+"""Values handled at a time by kind of device, or one row of a tensor (one expert) if that is more."""
 _NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
 
 
@@ -36,10 +36,10 @@ def row_count(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
 
 
-def pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def pieces(shape: tuple[int, ...], device: torch.device) -> Iterator[tuple[int, int]]:
     """First and last row (exclusive) of each piece of a tensor."""
     rows = row_count(shape)
-    step = max(1, PIECE_VALUES * rows // max(1, torch.Size(shape).numel()))
+    step = max(1, PIECE_VALUES[device.type] * rows // max(1, torch.Size(shape).numel()))
     for first in range(0, rows, step):
         yield first, min(first + step, rows)
 
@@ -98,8 +98,8 @@ class Writer:
         return self
 
     def write(self, name: str, rows: Tensor) -> None:
-        """The next rows of a tensor, on the CPU."""
-        data = rows.contiguous().view(-1).view(torch.uint8).numpy().data
+        """The next rows of a tensor."""
+        data = rows.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         start = self._next[name]
         if start + len(data) > self._ends[name]:
             raise ValueError(f"{name}: more rows than its shape has")

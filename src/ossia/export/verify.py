@@ -12,16 +12,14 @@ from typing import Any
 
 from ossia.adapters.files import CONFIG as ADAPTER_CONFIG
 from ossia.config import InferConfig, VerifyConfig
-from ossia.config.parts import DataOptions, ModelOptions, TemplateOptions
+from ossia.config.parts import ModelOptions, TemplateOptions
 from ossia.console import progress, say
-from ossia.data.render import Counts, conversations
-from ossia.data.sources import find_datasets
 from ossia.errors import OssiaError, UsageError
 from ossia.export.card import put_verification
 from ossia.export.folder import write_json
+from ossia.export.rows import conversations_of
 from ossia.model.folder import weight_files
 from ossia.template.messages import Conversation, Message
-from ossia.train.folder import options_of, run_of
 
 RESULT = "verification.json"
 
@@ -69,7 +67,7 @@ def run(config: VerifyConfig) -> Verification:
     """
     exported = _folder(str(config.exported))
     original = _original(config)
-    texts = list(_rows(config))
+    texts = _rows(config)
     if not texts:
         raise UsageError("--dataset has no conversations, only texts")
     options = {name: getattr(config, name) for name in ModelOptions.__dataclass_fields__ if name != "model"}
@@ -123,22 +121,13 @@ def _folder(name: str, *instead: str) -> Path:
     return folder
 
 
-def _rows(config: VerifyConfig) -> Iterator[Conversation]:
+def _rows(config: VerifyConfig) -> list[Conversation]:
     """The rows that are asked for; else those held out of the run, else questions."""
-    words, flag = config.dataset, "--dataset"
-    parent = run_of(Path(str(config.original)).expanduser().resolve())
-    if not words and parent is not None:
-        words = options_of(parent).val_dataset
-        try:
-            find_datasets(words, flag)
-        except UsageError:
-            words = []
-    if words:
-        found = (row for row in conversations(words, DataOptions(), Counts(), flag) if row.text is None)
-        yield from islice(found, config.rows)
-    else:
-        for question in _QUESTIONS[: config.rows]:
-            yield _question(question)
+    adapter = Path(str(config.original)).expanduser().resolve()
+    found = conversations_of(adapter, config.dataset, "val_dataset")
+    if found is None:
+        return [_question(question) for question in _QUESTIONS[: config.rows]]
+    return list(islice(found, config.rows))
 
 
 def _question(text: str) -> Conversation:

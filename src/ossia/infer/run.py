@@ -15,6 +15,7 @@ from ossia.data.sources import find_datasets
 from ossia.errors import UsageError
 from ossia.model.folder import resolve_model
 from ossia.model.tokenizer import load_tokenizer
+from ossia.template.base import Template
 from ossia.template.options import template_from
 from ossia.train.folder import options_of, run_of
 
@@ -37,17 +38,17 @@ def run(config: InferConfig) -> None:
 
 def load_engine(config: InferConfig) -> Any:
     """The engine that the options ask for; everything wrong with names and files is said before weights load."""
-    adapter = check_adapter(config.adapters) if config.adapters else None
-    if adapter:
-        _settings_of_run(config, adapter)
-    folder = resolve_model(config.model or base_model_of(adapter))  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(folder)
-    template = template_from(tokenizer, config)
+    folder, template = template_of(config)
+    from ossia.infer.engine import Engine
 
+    return Engine(model_of(config, folder), template)
+
+
+def model_of(config: InferConfig, folder: Path) -> Any:
+    """The model in `folder`, with the adapter that the options name."""
     from transformers import set_seed
 
     from ossia.adapters.io import load_adapter
-    from ossia.infer.engine import Engine
     from ossia.model.load import load_model
 
     quiet_libraries()
@@ -57,10 +58,19 @@ def load_engine(config: InferConfig) -> Any:
     model: Any = load_model(
         folder, torch_dtype=config.torch_dtype, device=config.device, experts=config.experts, attn_impl=attention
     )
+    if config.adapters:
+        model = load_adapter(model, check_adapter(config.adapters))
+    say(f"model: {folder}" + (f" with {config.adapters}" if config.adapters else ""))
+    return model
+
+
+def template_of(config: InferConfig) -> tuple[Path, Template]:
+    """The base model's folder and the template; an adapter's run settles in `config` what was left open of it."""
+    adapter = check_adapter(config.adapters) if config.adapters else None
     if adapter:
-        model = load_adapter(model, adapter)
-    say(f"model: {folder}" + (f" with {adapter}" if adapter else ""))
-    return Engine(model, template)
+        _settings_of_run(config, adapter)
+    folder = resolve_model(config.model or base_model_of(adapter))  # type: ignore[arg-type]
+    return folder, template_from(load_tokenizer(folder), config)
 
 
 def _settings_of_run(config: InferConfig, adapter: Path) -> None:

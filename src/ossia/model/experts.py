@@ -21,6 +21,9 @@ from ossia.model.names import PROJECTIONS, Projection
 if TYPE_CHECKING:
     from ossia.kernels.expert_mlp.fused import Adapter
 
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
+"""Where a configuration has none."""
+
 Delta = Callable[[Projection, Tensor, Tensor], Tensor]
 """`(projection, rows, offsets) -> rows` to add to a projection's output."""
 
@@ -39,8 +42,8 @@ class Experts(nn.Module):
     def __init__(self, config, quantized: bool) -> None:
         super().__init__()
         self.num_experts: int = config.num_local_experts
-        self.alpha: float = getattr(config, "swiglu_alpha", 1.702)
-        self.limit: float = getattr(config, "swiglu_limit", 7.0)
+        self.alpha: float = getattr(config, "swiglu_alpha", SWIGLU_ALPHA)
+        self.limit: float = getattr(config, "swiglu_limit", SWIGLU_LIMIT)
         self.quantized = quantized
         sizes = {
             "gate_up_proj": (config.hidden_size, 2 * config.intermediate_size),

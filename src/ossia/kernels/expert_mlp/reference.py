@@ -57,11 +57,16 @@ def expert_mlp(
     expert_S = index_TK.flatten()[order_S]
     rows_SH = hidden_TH[order_S // index_TK.shape[1]]
     gate_up_S = _project(rows_SH, gate_up, expert_S, offsets_E, gate_up_delta)
-    gate, up = gate_up_S[..., 0::2].float(), gate_up_S[..., 1::2].float()
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    act_SI = ((up + 1) * gate * torch.sigmoid(alpha * gate)).to(gate_up_S.dtype)
+    act_SI = swiglu(gate_up_S, alpha, limit)
     out_TKH = _project(act_SI, down, expert_S, offsets_E, down_delta)[position_TK]
     return (out_TKH.float() * weight_TK[..., None].float()).sum(1).to(hidden_TH.dtype)
+
+
+def swiglu(gate_up_S: Tensor, alpha: float, limit: float) -> Tensor:
+    """gpt-oss's clamped SwiGLU of rows whose gates and ups alternate: [..., 2 I] -> [..., I], same dtype."""
+    gate, up = gate_up_S[..., 0::2].float(), gate_up_S[..., 1::2].float()
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return ((up + 1) * gate * torch.sigmoid(alpha * gate)).to(gate_up_S.dtype)
 
 
 def _project(rows: Tensor, weight: Frozen, expert_S: Tensor, offsets_E: Tensor, delta: Delta | None) -> Tensor:

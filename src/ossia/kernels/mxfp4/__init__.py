@@ -13,6 +13,7 @@ even column, the high nibble the odd one. A code is sign, two exponent bits, one
   value to the nearest code, ties to the even mantissa; values above 6 * scale become 6 * scale. A block of zeros
   gets scale byte 0. `quantize(dequantize(*quantize(w)))` equals `quantize(w)` byte for byte.
 - `search.quantize_search(weight)` takes for each block the scale of least squared error, and tells both errors.
+- `calibrated.quantize_calibrated(weight, gram)` rounds for given inputs, so that outputs change least, not weights.
 
 `triton` serves bfloat16 on a GPU: the same values, but that those below 2^-126 may become 0. There blocks and scales
 may rest in pinned host memory, where `out` is on the GPU: it reads them across the bus.

@@ -1,0 +1,120 @@
+"""What experts meet on a run's rows, kept on disk layer by layer, for `ossia.kernels.mxfp4.calibrated`.
+
+T tokens, H hidden, K experts per token, E experts of a piece, I inputs of a projection.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ossia.compat import save_tensors
+from ossia.config import InferConfig
+from ossia.console import progress, say
+from ossia.infer.run import model_of
+from ossia.kernels.expert_mlp.reference import swiglu
+from ossia.model.experts import SWIGLU_ALPHA, SWIGLU_LIMIT, Experts
+from ossia.model.folder import read_json
+
+Grams = Callable[[int, int], Tensor]
+"""Of a first and last expert (exclusive): float32 [E, I, I]."""
+FirstProduct = Callable[[int, int], tuple[Tensor, Tensor]]
+"""Of the same: weights [E, O, I] and bias [E, O] of the experts' first projection, float32."""
+
+
+class Calibration:
+    """What a model's experts are given on some texts.
+
+    Args:
+        options: which adapter, and where it runs.
+        base: folder of its base model.
+        texts: token ids.
+    """
+
+    def __init__(self, options: InferConfig, base: Path, texts: list[list[int]]) -> None:
+        self._options, self._base, self._texts = options, base, texts
+        config = read_json(base / "config.json")
+        self._swiglu = partial(
+            swiglu, alpha=config.get("swiglu_alpha", SWIGLU_ALPHA), limit=config.get("swiglu_limit", SWIGLU_LIMIT)
+        )
+        self.tokens = sum(map(len, texts))
+        self.nbytes = self.tokens * config["num_hidden_layers"] * 2 * config["hidden_size"]
+        """Of the files, most of it."""
+        self.key = hashlib.sha256(repr(texts).encode()).hexdigest()
+        self.folder: Path | None = None
+
+    def collect(self, folder: Path) -> None:
+        """Let the model read the texts and write what its experts are given to `folder`, a file a layer; a folder that
+        is there already is taken as it is."""
+        self.folder = folder
+        if folder.is_dir():
+            return
+        seen = self._read()
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, pieces in seen.items():
+            tensors = map(torch.cat, zip(*pieces, strict=True))
+            save_tensors(dict(zip(("hidden", "index", "weight"), tensors, strict=True)), part / f"{name}.safetensors")
+        part.rename(folder)
+
+    def _read(self) -> dict[str, list[tuple[Tensor, ...]]]:
+        model = model_of(self._options, self._base)
+        seen: dict[str, list[tuple[Tensor, ...]]] = defaultdict(list)
+
+        def keep(name: str, module: Any, given: tuple[Tensor, ...]) -> None:
+            hidden_TH, index_TK, weight_TK = given[:3]
+            seen[name].append((hidden_TH.bfloat16().cpu(), index_TK.cpu(), weight_TK.float().cpu()))
+
+        for name, module in model.named_modules():
+            if isinstance(module, Experts):
+                plain = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+                module.register_forward_pre_hook(partial(keep, plain))
+        with torch.inference_mode(), progress("calibrating", len(self._texts), "rows") as advance:
+            for text in self._texts:
+                model(input_ids=torch.tensor([text], device=model.device), use_cache=False, logits_to_keep=1)
+                advance(1)
+        say(f"calibrated on {self.tokens:,} tokens of {len(self._texts)} rows")
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return seen
+
+    def grams(self, experts: str, device: torch.device, first_product: FirstProduct | None = None) -> Grams:
+        """Gram matrices of what some experts' first projection is given, or their second where the first one's merged
+        weights are at hand; an input counts by the square of its weight in its token's sum.
+
+        Args:
+            experts: name of the module in the checkpoint.
+            device: where it is computed.
+            first_product: weights and bias of the first projection.
+        """
+        assert self.folder is not None, "collected first"
+        seen = load_file(self.folder / f"{experts}.safetensors", device=str(device))
+        hidden_TH, index_TK, weight_TK = seen["hidden"], seen["index"], seen["weight"]
+
+        def grams(first: int, last: int) -> Tensor:
+            product = first_product(first, last) if first_product else None
+            found = []
+            for expert in range(first, last):
+                token_N, slot_N = (index_TK == expert).nonzero(as_tuple=True)
+                rows_NI = hidden_TH[token_N].float()
+                if product is not None:
+                    weight_OI, bias_O = (side[expert - first] for side in product)
+                    rows_NI = self._swiglu(torch.addmm(bias_O, rows_NI, weight_OI.T))
+                rows_NI = rows_NI * weight_TK[token_N, slot_N, None]
+                found.append(rows_NI.T @ rows_NI)
+            return torch.stack(found)
+
+        return grams

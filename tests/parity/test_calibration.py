@@ -1,0 +1,119 @@
+"""Exports rounded for the inputs that experts meet: these inputs are the right ones, and the outputs gain by it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests import tiny
+from tests.parity.test_export import SHARD, make_adapter, stopped, tensors
+
+from ossia.adapters.io import load_adapter
+from ossia.config import InferConfig
+from ossia.export.calibrate import Calibration
+from ossia.export.merge import merge
+from ossia.model.load import load_model
+
+__all__ = ["stopped"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny.gpt_oss(tmp_path_factory.mktemp("calibrated") / "base", hidden=128, intermediate=128)
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory) -> Path:
+    """On experts alone: what is rounded."""
+    folder = tmp_path_factory.mktemp("calibrated") / "adapter"
+    return make_adapter(base, folder, std=0.05, target_modules=["none"], target_experts="all")
+
+
+def texts(seed: int = 0) -> list[list[int]]:
+    """Of few tokens, so that some directions weigh more than others, as in real models."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 20, (32,), generator=draw).tolist() for _ in range(32)]
+
+
+def calibration(base: Path, adapter: Path, seed: int = 0) -> Calibration:
+    return Calibration(InferConfig(adapters=str(adapter), torch_dtype="float32", device="cpu"), base, texts(seed))
+
+
+@pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])
+def test_gram_matrices_are_those_of_what_merged_experts_are_given(base, adapter, tmp_path, projection):
+    merged = load_model(merge(base, adapter, tmp_path / "merged", torch.float32, 10**9))
+    found = calibration(base, adapter)
+    found.collect(tmp_path / "seen")
+    name = "model.layers.1.mlp.experts"
+    experts = merged.get_submodule(name)
+    given = []
+    experts.register_forward_pre_hook(lambda module, args: given.append(args[:3]))
+    with torch.no_grad():
+        for text in texts():
+            merged(torch.tensor([text]), use_cache=False)
+    first = experts.gate_up_proj.transpose(1, 2), experts.gate_up_proj_bias
+    second = projection == "down_proj"
+    grams = found.grams(name, torch.device("cpu"), (lambda a, b: tuple(t[a:b] for t in first)) if second else None)
+    for expert in range(experts.num_experts):
+        rows = []
+        for hidden, index, weight in given:
+            for token, slot in (index == expert).nonzero().tolist():
+                x = hidden[token]
+                if second:
+                    gate_up = first[0][expert] @ x + first[1][expert]
+                    gate, up = gate_up[0::2].clamp(max=7.0), gate_up[1::2].clamp(-7.0, 7.0)
+                    x = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+                rows.append(x * weight[token, slot])
+        want = torch.stack(rows).T @ torch.stack(rows) if rows else torch.zeros(128, 128)
+        # What experts are given is kept in bfloat16.
+        assert (grams(expert, expert + 1)[0] - want).norm() <= 2**-7 * want.norm() + 1e-9
+
+
+def test_outputs_move_with_the_adapter_where_nearest_rounding_keeps_them(base, adapter, tmp_path, capsys):
+    plain = merge(base, adapter, tmp_path / "plain", None, SHARD)
+    rounded = merge(base, adapter, tmp_path / "rounded", None, SHARD, calibration(base, adapter))
+    assert "calibrated on 1,024 tokens of 32 rows" in capsys.readouterr().out
+    ids = torch.tensor(texts(seed=1))  # others of the same kind
+    with torch.no_grad():
+        before = load_model(base)(ids).logits
+        want = load_adapter(load_model(base), adapter)(ids).logits
+        got = {folder.name: load_model(folder)(ids).logits for folder in (plain, rounded)}
+    missed = {name: float((logits - want).norm() / (before - want).norm()) for name, logits in got.items()}
+    assert missed["rounded"] < 0.8 * missed["plain"]
+    report = json.loads((rounded / "export_report.json").read_text())
+    for row in report["tensors"].values():
+        assert row["lost"] < row["nearest_lost"]
+    assert report["worst"]["lost"] == max(row["lost"] for row in report["tensors"].values())
+    before, after = tensors(base), tensors(rounded)
+    same = {
+        name for name, tensor in after.items() if torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8))
+    }
+    assert {name for name in before if "experts" not in name} <= same
+    assert {name for name in before if name.endswith("_blocks")}.isdisjoint(same)
+    assert not (rounded / "calibration").exists()
+
+
+def test_a_stopped_one_reads_the_rows_once_and_ends_the_same(base, adapter, tmp_path, stopped, monkeypatch, capsys):
+    whole = merge(base, adapter, tmp_path / "whole", None, SHARD, calibration(base, adapter))
+    stopped(3)
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, adapter, tmp_path / "out", None, SHARD, calibration(base, adapter))
+    stopped(None)
+    monkeypatch.setattr(Calibration, "_read", lambda self: pytest.fail("read again"))
+    out = merge(base, adapter, tmp_path / "out", None, SHARD, calibration(base, adapter))
+    assert "2 of" in capsys.readouterr().out
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_other_rows_make_another_export(base, adapter, tmp_path, stopped):
+    stopped(3)
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, adapter, tmp_path / "out", None, SHARD, calibration(base, adapter))
+    written = stopped(None)
+    out = merge(base, adapter, tmp_path / "out", None, SHARD, calibration(base, adapter, seed=5))
+    assert len(written) == len(list(out.glob("*.safetensors")))
+    assert load_file(out / written[0])
