@@ -35,11 +35,11 @@ def bars_on_terminals_only() -> Iterator[None]:
             yield
 
 
-def save_tensors(tensors: dict[str, Any], path: Path) -> None:
+def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file with the permissions of any other; safetensors 0.8 lets its owner alone read it."""
     from safetensors.torch import save_file
 
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)

@@ -18,8 +18,8 @@ from ossia.export import tensors as module
 from ossia.export.deltas import AdapterDeltas
 from ossia.export.folder import check_output, write_rest
 from ossia.export.shards import Unit, pack
-from ossia.export.tensors import Spec, Writer, pieces, read_rows
-from ossia.model.stream import read_header
+from ossia.export.tensors import Spec, Writer, pieces
+from ossia.model.stream import read_header, read_rows
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float32, torch.uint8, torch.bool, torch.int64)

@@ -2,12 +2,54 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
-from ossia.errors import UsageError
+from ossia.errors import OssiaError, UsageError
 from ossia.model.folder import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NOT_DONE = ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora", "lora_bias", "modules_to_save")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What `adapter_config.json` says. Targets are names, or endings of names: of linear layers, and of parameters of
+    experts."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    target_modules: list[str]
+    target_parameters: list[str]
+
+    @property
+    def scaling(self) -> float:
+        """Factor of every product B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+def read_settings(folder: Path) -> LoraSettings:
+    """Read an adapter's configuration; OssiaError where it is damaged, or of an adapter that is more than LoRA."""
+    file = folder / CONFIG
+    values = read_json(file)
+    if values.get("peft_type") != "LORA":
+        raise OssiaError(f"{file}: peft_type is {values.get('peft_type')!r}; only LORA adapters are read")
+    for key in _NOT_DONE:
+        if values.get(key):
+            raise OssiaError(f"{file}: {key} is set, which is not supported here")
+    modules = values.get("target_modules") or []
+    if isinstance(modules, str):
+        raise OssiaError(f"{file}: target_modules is the pattern {modules!r}; a list of names is needed")
+    try:
+        rank, alpha = int(values["r"]), float(values["lora_alpha"])
+        if rank < 1:
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
+        raise OssiaError(f"{file}: r and lora_alpha are not both numbers above 0") from error
+    parameters = values.get("target_parameters") or []
+    return LoraSettings(rank, alpha, bool(values.get("use_rslora")), list(modules), list(parameters))
 
 
 def check_adapter(name: str) -> Path:

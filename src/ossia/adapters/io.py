@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ossia.adapters.experts import ExpertsLora
-from ossia.adapters.files import CONFIG, WEIGHTS
+from ossia.adapters.files import CONFIG, WEIGHTS, LoraSettings, read_settings
 from ossia.adapters.inject import inject
+from ossia.adapters.origin import KEY, fingerprint
 from ossia.adapters.targets import Targets
 from ossia.compat import save_tensors
 from ossia.errors import OssiaError
 from ossia.model.experts import Experts
-from ossia.model.folder import read_json
 from ossia.model.names import PROJECTIONS
 
 _NEST = {"gate_up_proj": ".base_layer", "down_proj": ""}
@@ -38,12 +38,15 @@ def save_adapter(model: PeftModel, folder: Path, base_model: str | None = None, 
     Args:
         model: from `add_lora` or `load_adapter`.
         folder: made where missing.
-        base_model: path or hub id written into the configuration; default: as it stands there.
+        base_model: path or hub id written into the configuration; default: as it stands there. Of a folder the
+            fingerprint goes along (see `ossia.adapters.origin`).
         adapter: PEFT's name of the adapter.
     """
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{WEIGHTS}.part"
-    save_tensors(adapter_tensors(model, adapter), part)
+    known = base_model is not None and Path(base_model).is_dir()
+    metadata = {KEY: fingerprint(Path(str(base_model)))} if known else None
+    save_tensors(adapter_tensors(model, adapter), part, metadata)
     config = _config_on_disk(model, base_model, adapter)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(part, folder / WEIGHTS)
@@ -72,15 +75,13 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     Raises:
         OssiaError: damaged files, or an adapter of another base (shapes named).
     """
-    values = read_json(folder / CONFIG)
-    if values.get("peft_type") != "LORA":
-        raise OssiaError(f"{folder / CONFIG}: peft_type is {values.get('peft_type')!r}; only LORA adapters are read")
+    settings = read_settings(folder)
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
         raise OssiaError(f"{folder / CONFIG}: not a LoRA configuration that peft reads ({error})") from error
     config.inference_mode = not trainable
-    wrapped = inject(model, config, _targets_on_disk(model, values, folder))
+    wrapped = inject(model, config, _targets_on_disk(model, settings, folder))
     load_adapter_tensors(wrapped, folder)
     return wrapped.train(trainable)
 
@@ -133,12 +134,9 @@ def _config_on_disk(model: PeftModel, base_model: str | None, adapter: str) -> d
     return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
 
-def _targets_on_disk(model: PreTrainedModel, values: dict[str, Any], folder: Path) -> Targets:
-    names = values.get("target_parameters") or []
+def _targets_on_disk(model: PreTrainedModel, settings: LoraSettings, folder: Path) -> Targets:
+    names = settings.target_parameters
     experts = [name for name, module in model.named_modules() if isinstance(module, Experts)]
-    linear = values.get("target_modules") or []
-    if isinstance(linear, str):
-        raise OssiaError(f"{folder / CONFIG}: target_modules is the pattern {linear!r}; a list of names is needed")
     layers = set()
     for index, expert in enumerate(experts):
         hit = [p for p in PROJECTIONS if any(f"{expert}.{p}" == n or f"{expert}.{p}".endswith(f".{n}") for n in names)]
@@ -148,4 +146,4 @@ def _targets_on_disk(model: PreTrainedModel, values: dict[str, Any], folder: Pat
             layers.add(index)
     if names and not layers:
         raise OssiaError(f"{folder}: this adapter adapts {names[0]}, which the model does not have")
-    return Targets(list(linear), sorted(layers), bool(layers) and len(layers) == len(experts))
+    return Targets(settings.target_modules, sorted(layers), bool(layers) and len(layers) == len(experts))

@@ -5,19 +5,16 @@ R rank, E experts, O outputs, I inputs.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ossia.adapters.files import CONFIG, WEIGHTS
+from ossia.adapters.files import WEIGHTS, read_settings
 from ossia.errors import OssiaError
-from ossia.export.tensors import read_rows
-from ossia.model.folder import read_json
 from ossia.model.names import PROJECTIONS
-from ossia.model.stream import Stored, read_header
+from ossia.model.stream import Stored, read_header, read_rows
 
 
 @dataclass
@@ -61,23 +58,11 @@ class AdapterDeltas:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        config = read_json(folder / CONFIG)
-        if config.get("peft_type") != "LORA":
-            raise OssiaError(
-                f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}; only LORA adapters are merged"
-            )
-        for key in ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora", "lora_bias", "modules_to_save"):
-            if config.get(key):
-                raise OssiaError(f"{folder / CONFIG}: {key} is set, which this merge does not do")
-        try:
-            rank, alpha = int(config["r"]), float(config["lora_alpha"])
-            self.scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise OssiaError(f"{folder / CONFIG}: r and lora_alpha are not both numbers above 0") from error
-        self.rank = rank
+        settings = read_settings(folder)
+        self.rank, self.scaling = settings.rank, settings.scaling
         self.stored = read_header(folder / WEIGHTS)
         self.left = set(self.stored)
-        targeted = {str(name).rpartition(".")[2] for name in config.get("target_parameters") or ()}
+        targeted = {name.rpartition(".")[2] for name in settings.target_parameters}
         # PEFT nests the second projection around the first; one targeted alone is not nested.
         self.nested = targeted.issuperset(PROJECTIONS)
         self.alone = None if self.nested else next(iter(targeted), None)

@@ -19,19 +19,20 @@ import torch
 from torch import Tensor
 
 from ossia.adapters.files import CONFIG, WEIGHTS
+from ossia.adapters.origin import check_origin
 from ossia.console import progress, say
 from ossia.errors import OssiaError, UsageError
 from ossia.export.calibrate import Calibration, Grams
 from ossia.export.deltas import AdapterDeltas, Delta
 from ossia.export.folder import INDEX, REPORT, check_output, write_json, write_rest
 from ossia.export.shards import Part, Rounding, Shard, Unit, pack
-from ossia.export.tensors import Spec, pieces, read_rows
+from ossia.export.tensors import Spec, pieces
 from ossia.kernels.mxfp4 import BLOCK, dequantize
 from ossia.kernels.mxfp4.calibrated import quantize_calibrated
 from ossia.kernels.mxfp4.search import quantize_search
 from ossia.model.folder import by_file, read_json, weight_files
 from ossia.model.names import PROJECTIONS
-from ossia.model.stream import Stored, find_tensors
+from ossia.model.stream import Stored, find_tensors, read_rows
 
 _EXPERTS = tuple(f".experts.{projection}" for projection in PROJECTIONS)
 _CALIBRATION = "calibration"
@@ -80,6 +81,7 @@ def merge(
     deltas = AdapterDeltas(adapter)
     units = list(_Merge(stored, deltas, dtype, calibration, device or torch.device("cpu")).units())
     deltas.check_all_used(base)
+    check_origin(adapter, base)
     shards = pack(units, shard_bytes)
 
     key = _key(files, adapter, dtype, shard_bytes) | {"calibration": calibration and calibration.key}

@@ -1,4 +1,4 @@
-"""safetensors files in pieces: rows read from one, a file written row by row, its header first."""
+"""Tensors in pieces, and safetensors files written row by row, their header first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ossia.errors import OssiaError
-from ossia.model.stream import DTYPES, Stored
+from ossia.model.stream import DTYPES, row_count
 
 PIECE_VALUES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """Values handled at a time by kind of device, or one row of a tensor (one expert) if that is more."""
@@ -31,38 +30,12 @@ class Spec(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def row_count(shape: tuple[int, ...]) -> int:
-    """Length of the first axis; a scalar is one row."""
-    return shape[0] if shape else 1
-
-
 def pieces(shape: tuple[int, ...], device: torch.device) -> Iterator[tuple[int, int]]:
     """First and last row (exclusive) of each piece of a tensor."""
     rows = row_count(shape)
     step = max(1, PIECE_VALUES[device.type] * rows // max(1, torch.Size(shape).numel()))
     for first in range(0, rows, step):
         yield first, min(first + step, rows)
-
-
-def read_rows(stored: Stored, first: int, last: int) -> Tensor:
-    """Rows `first` to `last` (exclusive) of a tensor on disk, in its dtype; only their bytes are read.
-
-    Raises:
-        OssiaError: the file is not readable or has become shorter.
-    """
-    row = stored.nbytes // max(1, row_count(stored.shape))
-    rows = torch.empty((last - first, *stored.shape[1:]), dtype=stored.dtype)
-    left = rows.view(-1).view(torch.uint8).numpy().data
-    try:
-        with stored.file.open("rb", buffering=0) as file:
-            file.seek(stored.start + first * row)
-            while left:
-                if not (count := file.readinto(left)):
-                    raise OssiaError(f"{stored.file}: cut short while it was read; copy it again")
-                left = left[count:]
-    except OSError as error:
-        raise OssiaError(f"{stored.file}: not readable ({error.strerror or error})") from error
-    return rows if stored.shape else rows.view(())
 
 
 class Writer:

@@ -49,18 +49,22 @@ def model_of(config: InferConfig, folder: Path) -> Any:
     from transformers import set_seed
 
     from ossia.adapters.io import load_adapter
+    from ossia.adapters.origin import check_origin
     from ossia.model.load import load_model
 
     quiet_libraries()
+    adapter = check_adapter(config.adapters) if config.adapters else None
+    if adapter:
+        check_origin(adapter, folder)
     set_seed(config.seed)
     # Decoding one token at a time gains nothing from flex_attention and would compile it for every length.
     attention = "eager" if config.attn_impl == "auto" else config.attn_impl
     model: Any = load_model(
         folder, torch_dtype=config.torch_dtype, device=config.device, experts=config.experts, attn_impl=attention
     )
-    if config.adapters:
-        model = load_adapter(model, check_adapter(config.adapters))
-    say(f"model: {folder}" + (f" with {config.adapters}" if config.adapters else ""))
+    if adapter:
+        model = load_adapter(model, adapter)
+    say(f"model: {folder}" + (f" with {adapter}" if adapter else ""))
     return model
 
 

@@ -129,6 +129,32 @@ def find_tensors(files: Mapping[Path, Sequence[str]]) -> dict[str, Stored]:
     return found
 
 
+def row_count(shape: tuple[int, ...]) -> int:
+    """Length of the first axis; a scalar is one row."""
+    return shape[0] if shape else 1
+
+
+def read_rows(stored: Stored, first: int, last: int) -> Tensor:
+    """Rows `first` to `last` (exclusive) of a tensor on disk, in its dtype; only their bytes are read.
+
+    Raises:
+        OssiaError: the file is not readable or has become shorter.
+    """
+    row = stored.nbytes // max(1, row_count(stored.shape))
+    rows = torch.empty((last - first, *stored.shape[1:]), dtype=stored.dtype)
+    left = rows.view(-1).view(torch.uint8).numpy().data
+    try:
+        with stored.file.open("rb", buffering=0) as file:
+            file.seek(stored.start + first * row)
+            while left:
+                if not (count := file.readinto(left)):
+                    raise OssiaError(f"{stored.file}: cut short while it was read; copy it again")
+                left = left[count:]
+    except OSError as error:
+        raise OssiaError(f"{stored.file}: not readable ({error.strerror or error})") from error
+    return rows if stored.shape else rows.view(())
+
+
 def read_tensors(
     files: Mapping[Path, Sequence[str]],
     device: torch.device,
