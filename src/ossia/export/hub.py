@@ -6,8 +6,10 @@ and the same command sends only what is not stored yet.
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -60,7 +62,7 @@ def open_hub(config: ExportConfig) -> Hub:
             f"{hub.url} is there already and public, so everyone would see this; give --hub_private_repo false if "
             "that is meant, or push to another name"
         )
-    say(f"{hub.url}: may be written to ({'private' if hub.private else 'public'})")
+    say(f"pushing to {hub.url} ({_seen(hub.private)})")
     return hub
 
 
@@ -68,14 +70,15 @@ def push(hub: Hub, folder: Path) -> None:
     """Send a staged folder."""
     files = sorted(folder.iterdir())
     total = sum(file.stat().st_size for file in files)
-    say(f"sending {len(files)} files, {amount(total)}, to {hub.url}")
+    say(f"sending {len(files)} files, {amount(total)}")
+    started = time.monotonic()
     try:
         with _progress(total) as advance:
             hub.send(files, advance)
     except KeyboardInterrupt:
         say(f"stopped; {_AGAIN}")
         raise
-    say(f"pushed: {hub.url} ({'private' if hub.private else 'public'})")
+    say(f"pushed: {hub.url} ({_seen(hub.private)}; {amount(total)} in {time.monotonic() - started:.0f} s)")
 
 
 @contextmanager
@@ -106,8 +109,8 @@ def show(config: ExportConfig, files: dict[str, str], source: Path | None) -> No
     """Print what a dry run finds: files and their sizes, where they would go, and what stays in `source` and why."""
     if config.pushes:
         title = _HuggingFace.title if config.use_hf else _ModelScope.title
-        seen = "private" if config.hub_private_repo else "public"
-        say(f"would push to {config.hub_model_id} on {title} (a new repository is {seen}; one that is there stays so)")
+        seen = _seen(config.hub_private_repo)
+        say(f"would push to {config.hub_model_id} on {title} ({seen}, or as it is where it is there already)")
     width = max(map(len, files))
     for name, size in files.items():
         say(f"  {name:<{width}}  {size}")
@@ -135,6 +138,10 @@ def amount(size: float) -> str:
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size:.0f} bytes"
+
+
+def _seen(private: bool) -> str:
+    return "private" if private else "public"
 
 
 def _reason(path: Path) -> str:
@@ -175,21 +182,30 @@ def _token(token: str | None, where: str) -> str:
     return token
 
 
-def _says(title: str, url: str, status: int | None, text: str, where: str) -> str:
+def _said(hub: Any, status: int | None, error: object) -> OssiaError:
     """What a hub's answer means, and what to do."""
+    title, url, text = hub.title, hub.url, _text(error, hub.token)
     if status == 401:
-        return f"{title} does not take the token (401); {where}"
+        return OssiaError(f"{title} does not take the token (401); {hub.where}")
     if status == 403:
-        return f"the token may not write to {url} (403: {text}); take one that may, or push to a name of yours"
+        return OssiaError(
+            f"the token may not write to {url} (403: {text}); take one that may, or push to a name of yours"
+        )
     if status == 404:
-        return f"{url}: not found (404); is the user or organisation spelled right, and may this token see it?"
+        return OssiaError(
+            f"{url}: not found (404); is the user or organisation spelled right, and may this token see it?"
+        )
     if status in (409, 412):
-        return f"{url} is being changed by somebody else ({status}); {_AGAIN}"
+        return OssiaError(f"{url} is being changed by somebody else ({status}); {_AGAIN}")
     if status is not None and status >= 500:
-        return f"{title} is out of order ({status}); {_AGAIN}"
+        return OssiaError(f"{title} is out of order ({status}); {_AGAIN}")
     if status is not None:
-        return f"{url}: refused ({status}: {text})"
-    return f"{title} cannot be reached ({text}); with a network, {_AGAIN}"
+        return OssiaError(f"{url}: refused ({status}: {text})")
+    if isinstance(error, ValueError):
+        return OssiaError(f"{url}: refused ({text})")
+    if isinstance(error, OSError) and error.filename:
+        return OssiaError(f"{error.filename}: not readable ({error.strerror})")
+    return OssiaError(f"{title} cannot be reached ({text}); with a network, {_AGAIN}")
 
 
 class _HuggingFace:
@@ -245,8 +261,7 @@ class _HuggingFace:
             while getattr(cause, "response", None) is None and cause.__cause__ is not None:
                 cause = cause.__cause__
             status = getattr(getattr(cause, "response", None), "status_code", None)
-            text = _text(getattr(cause, "server_message", None) or cause, self.token)
-            raise OssiaError(_says(self.title, self.url, status, text, self.where)) from None
+            raise _said(self, status, getattr(cause, "server_message", None) or cause) from None
 
 
 class _ModelScope:
@@ -267,6 +282,7 @@ class _ModelScope:
                 f"--use_hf false: needs modelscope 1.40 or later ({error}); pip install 'modelscope>=1.40'"
             ) from error
         self.repo = str(config.hub_model_id)
+        logging.getLogger("modelscope_hub").setLevel(logging.WARNING)
         settings = HubConfig(token=config.hub_token)
         self.token = _token(settings.token, self.where)
         self.api = HubApi(settings)
@@ -302,8 +318,7 @@ class _ModelScope:
         try:
             yield
         except (HubError, OSError, RuntimeError, ValueError) as error:
-            status = getattr(error, "status_code", None)
-            raise OssiaError(_says(self.title, self.url, status, _text(error, self.token), self.where)) from None
+            raise _said(self, getattr(error, "status_code", None), error) from None
 
 
 def _text(error: object, token: str) -> str:

@@ -44,7 +44,7 @@ def _merged(config: ExportConfig) -> Path:
     output = Path(config.output_dir).expanduser().resolve() if config.output_dir else Path(f"{adapter}-merged")
     named = config.model or base_model_of(adapter)
     record, key = output.parent / f".{output.name}.push.json", _key(config, adapter, named)
-    done = config.pushes and output.is_dir() and record.is_file() and read_json(record) == key
+    done = config.pushes and (output / "config.json").is_file() and record.is_file() and read_json(record) == key
     if not done:
         check_output(output)
     if config.dry_run:
