@@ -9,6 +9,7 @@ from typing import Any
 
 from ossia.adapters.files import WEIGHTS, base_model_of, check_adapter
 from ossia.config import ExportConfig, InferConfig
+from ossia.config.hub import HubOptions
 from ossia.console import say, tool
 from ossia.errors import OssiaError, UsageError
 from ossia.export.card import write_card
@@ -18,6 +19,8 @@ from ossia.export.rows import conversations_of, drawn
 from ossia.export.verify import RESULT
 from ossia.infer.run import template_of
 from ossia.model.folder import read_json, resolve_model, weight_files
+
+_NOT_OF_THE_MERGE = {*HubOptions.__dataclass_fields__, "device", "dry_run", "output_dir"}
 
 
 def run(config: ExportConfig) -> Path:
@@ -119,9 +122,9 @@ def _push_merged(hub: Hub, output: Path) -> None:
 
 def _key(config: ExportConfig, adapter: Path, named: str) -> dict[str, Any]:
     """What makes a merged model that is not pushed yet the one that is asked for."""
+    asked = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_THE_MERGE}
     weights = (adapter / WEIGHTS).stat()
-    asked = {name: getattr(config, name) for name in ("format", "torch_dtype", "max_shard_size", "verify")}
-    return asked | {"adapter": str(adapter), "base": named, "weights": [weights.st_size, weights.st_mtime_ns]}
+    return asked | {"adapters": str(adapter), "model": named, "weights": [weights.st_size, weights.st_mtime_ns]}
 
 
 def _model_to_push(config: ExportConfig) -> Path:
