@@ -19,17 +19,24 @@ from ossia.errors import UsageError, nearest
 
 C = TypeVar("C", bound="Config")
 
-_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
 def opt(
-    default: Any, help: str, *, group: str = "run", choices: Sequence[str] | None = None, positional: bool = False
+    default: Any,
+    help: str,
+    *,
+    group: str = "run",
+    choices: Sequence[str] | None = None,
+    positional: bool = False,
+    secret: bool = False,
 ) -> Any:
-    """A field with its help text, its group in `--help`, the values it may take, and whether it goes without a flag."""
-    metadata = {"help": help, "group": group, "choices": choices, "positional": positional}
+    """A field with its help text, its group in `--help`, the values it may take, whether it goes without a flag, and
+    whether its value is never shown or written."""
+    metadata = {"help": help, "group": group, "choices": choices, "positional": positional, "secret": secret}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclasses.dataclass
@@ -44,6 +51,8 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.metadata["secret"] and not isinstance(value, str | None):
+                raise UsageError(f"--{field.name} takes a text")
             setattr(self, field.name, _convert(value, _hints(type(self))[field.name], field.name))
             choices = field.metadata.get("choices")
             for item in _as_list(getattr(self, field.name)):
@@ -58,8 +67,9 @@ class Config:
         """Check combinations; raise UsageError naming the flag."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option but `config` and `debug`, as plain values that `from_dict` reads back."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("config", "debug")}
+        """Every option but `config`, `debug` and secrets, as plain values that `from_dict` reads back."""
+        left_out = {"config", "debug", *(f.name for f in dataclasses.fields(self) if f.metadata["secret"])}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
 
     def to_yaml(self) -> str:
         """The resolved options as YAML, which `--config` reads back exactly."""
@@ -115,7 +125,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not a YAML file ({' '.join(str(error).split())})") from error
+        # PyYAML's own text quotes the line, which may hold a token.
+        mark = getattr(error, "problem_mark", None)
+        reason = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else type(error).__name__
+        raise UsageError(f"--config {path}: not a YAML file ({reason})") from None
     if not isinstance(values, dict):
         raise UsageError(f"--config {path}: expected 'option: value' lines, got {type(values).__name__}")
     return values
@@ -202,9 +215,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return [str(item) for item in (value if isinstance(value, list | tuple) else [value])]
     if kind is bool:
         text = str(value).lower()
-        if text not in _TRUE + _FALSE:
+        if text not in TRUE + FALSE:
             raise UsageError(f"--{name} got {value!r}; it takes true or false")
-        return text in _TRUE
+        return text in TRUE
     if kind is dict:
         return _json_object(value, name)
     if isinstance(value, bool | list | dict):

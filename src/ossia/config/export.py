@@ -6,22 +6,28 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ossia.config.base import Config, opt
+from ossia.config.hub import HUB_TITLES, HubOptions
 from ossia.errors import UsageError
 
 
 @dataclass
-class ExportConfig(Config):
-    """Write a model that runs without Ossia."""
+class ExportConfig(HubOptions, Config):
+    """Write a model that runs without Ossia, or push what is there."""
 
     group_titles: ClassVar[dict[str, str]] = {
         "model": "what",
         "calibration": "calibration",
         "output": "where",
+        **HUB_TITLES,
         "run": "run",
     }
 
     adapters: str | None = opt(None, "checkpoint folder of a LoRA run", group="model")
-    model: str | None = opt(None, "base model; default: the one the adapter was trained on", group="model")
+    model: str | None = opt(
+        None,
+        "base model; default: the one the adapter was trained on. Without --adapters: a model folder to push",
+        group="model",
+    )
     merge_lora: bool = opt(False, "add the adapter to the base weights", group="model")
     format: str = opt(
         "bf16",
@@ -49,11 +55,19 @@ class ExportConfig(Config):
     output_dir: str | None = opt(None, "folder to write; default: <adapters>-merged", group="output")
     max_shard_size: float = opt(5.0, "size of one weight file, GB", group="output")
 
+    dry_run: bool = opt(False, "list what would be written and pushed, and do neither")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.push_to_hub, bool):
+            self.push_to_hub = str(self.push_to_hub).lower()
+        super().__post_init__()
+
     def validate(self) -> None:
-        if self.adapters is None:
+        self.validate_hub()
+        if self.adapters is None and (self.merge_lora or not self.pushes or self.model is None):
             raise UsageError("give --adapters RUN/checkpoint-N")
-        if not self.merge_lora:
-            raise UsageError("nothing to do: give --merge_lora true")
+        if not self.merge_lora and not self.pushes:
+            raise UsageError("nothing to do: give --merge_lora true, or --push_to_hub org/name for the adapter alone")
         if self.format == "mxfp4" and self.torch_dtype is not None:
             raise UsageError("--torch_dtype is for --format bf16; mxfp4 keeps the base's types, so leave it out")
         if self.calibrate and self.format != "mxfp4":

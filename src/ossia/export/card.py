@@ -1,5 +1,5 @@
-"""The exported model's README.md: what it is made from, how it was trained, how its files were held against the
-original. Of the run it tells what anyone may see: names without their folders, no keys, no paths."""
+"""The README.md of an exported model or a pushed adapter: what it is made from, how it was trained, how its files were
+held against the original. Of the run it tells what anyone may see: names without their folders, no keys, no paths."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ _PRIVATE = """
 _ALWAYS = ("learning_rate", "lora_rank", "lora_alpha", "per_device_train_batch_size", "max_length", "seed")
 
 
-def write_card(folder: Path, base: str, adapter: Path, experts: str) -> None:
+def write_card(folder: Path, base: str, adapter: Path, experts: str | None, repo: str | None = None) -> None:
     """Write `README.md`, and `loss.svg` where the run's figures are at hand.
 
     Args:
-        folder: the exported model.
+        folder: the exported model, or what of an adapter is pushed.
         base: folder or hub id of the base model.
         adapter: a checkpoint; its run is told of where its folder is still around it.
-        experts: how the experts are stored, for people.
+        experts: how the experts are stored, for people; None: the adapter is not merged.
+        repo: where it is pushed to, as org/name.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -58,10 +59,12 @@ def write_card(folder: Path, base: str, adapter: Path, experts: str) -> None:
         keep_trailing_newline=True,
     )
     card = environment.get_template("card.md.jinja").render(
-        name=folder.name,
+        name=repo or folder.name,
+        title=repo.rpartition("/")[2] if repo else folder.name,
         base=base,
         on_hub=on_hub,
         experts=experts,
+        on_experts=bool(shape.get("target_parameters")),
         rank=shape.get("r"),
         alpha=shape.get("lora_alpha"),
         options={name: " ".join(_words(value)) for name, value in options.items()},

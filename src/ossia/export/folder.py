@@ -14,7 +14,7 @@ INDEX = "model.safetensors.index.json"
 REPORT = "export_report.json"
 
 _CONFIG = "config.json"
-_COPIED = (
+BESIDE_WEIGHTS = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -24,6 +24,7 @@ _COPIED = (
     "generation_config.json",
     "LICENSE*",
 )
+"""Files of a model besides its weights and configuration."""
 _PATH_KEYS = ("_name_or_path", "name_or_path")
 MXFP4 = {
     "quant_method": "mxfp4",
@@ -51,10 +52,10 @@ def write_rest(base: Path, folder: Path, dtype: str | None) -> None:
         folder: to write into.
         dtype: of the weights; None leaves the base's, with experts in MXFP4.
     """
-    for pattern in _COPIED:
+    for pattern in BESIDE_WEIGHTS:
         for file in base.glob(pattern):
             if file.is_file() and file.suffix == ".json":
-                _write_json_of(file, folder, read_json(file))
+                write_json_of(file, folder, read_json(file))
             elif file.is_file():
                 shutil.copyfile(file, folder / file.name)
     config = read_json(base / _CONFIG)
@@ -64,7 +65,7 @@ def write_rest(base: Path, folder: Path, dtype: str | None) -> None:
         config.pop("quantization_config", None)
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    _write_json_of(base / _CONFIG, folder, config)
+    write_json_of(base / _CONFIG, folder, config)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -72,7 +73,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_json_of(file: Path, folder: Path, value: dict[str, Any]) -> None:
+def write_json_of(file: Path, folder: Path, value: dict[str, Any]) -> None:
     """The file byte for byte if it says just that, else the value; a path of this machine is left out."""
     kept = {key: item for key, item in value.items() if key not in _PATH_KEYS or not Path(str(item)).is_absolute()}
     if kept == read_json(file):

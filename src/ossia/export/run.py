@@ -5,24 +5,69 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from ossia.adapters.files import base_model_of, check_adapter
+from ossia.adapters.files import WEIGHTS, base_model_of, check_adapter
 from ossia.config import ExportConfig, InferConfig
+from ossia.config.hub import HubOptions
 from ossia.console import say, tool
 from ossia.errors import OssiaError, UsageError
 from ossia.export.card import write_card
-from ossia.export.folder import check_output
+from ossia.export.folder import check_output, write_json
+from ossia.export.hub import Hub, amount, open_hub, push, show, sizes, staged_adapter, staged_model
 from ossia.export.rows import conversations_of, drawn
+from ossia.export.verify import RESULT
 from ossia.infer.run import template_of
-from ossia.model.folder import resolve_model
+from ossia.model.folder import read_json, resolve_model, weight_files
+
+_NOT_OF_THE_MERGE = {*HubOptions.__dataclass_fields__, "device", "dry_run", "output_dir"}
 
 
 def run(config: ExportConfig) -> Path:
-    """Merge, and say where the model is."""
+    """Merge where it is asked for, push where it is asked for, and say where the result is."""
+    if config.merge_lora:
+        return _merged(config)
+    repo = str(config.hub_model_id)
+    if config.adapters is not None:
+        folder = check_adapter(config.adapters)
+        staged = staged_adapter(folder, config.model or base_model_of(folder), repo)
+    else:
+        folder = _model_to_push(config)
+        staged = staged_model(folder)
+    with staged as files:
+        if config.dry_run:
+            show(config, sizes(files), folder)
+        else:
+            push(open_hub(config), files)
+    return folder
+
+
+def _merged(config: ExportConfig) -> Path:
     adapter = check_adapter(str(config.adapters))
     output = Path(config.output_dir).expanduser().resolve() if config.output_dir else Path(f"{adapter}-merged")
-    check_output(output)
     named = config.model or base_model_of(adapter)
+    record, key = output.parent / f".{output.name}.push.json", _key(config, adapter, named)
+    done = config.pushes and (output / "config.json").is_file() and record.is_file() and read_json(record) == key
+    if not done:
+        check_output(output)
+    if config.dry_run:
+        _show_merge(config, adapter, named)
+        return output
+    # Before the base is downloaded or merged, which may take long.
+    hub = open_hub(config) if config.pushes else None
+    if not done:
+        _merge(config, adapter, named, output)
+    else:
+        say(f"merged before: {output}")
+    if hub is not None:
+        write_json(record, key)
+        _push_merged(hub, output)
+        record.unlink()
+    say(f"talk to it:  {tool('ossia')} infer --model {output}")
+    return output
+
+
+def _merge(config: ExportConfig, adapter: Path, named: str, output: Path) -> None:
     base = resolve_model(named)
 
     options = InferConfig(adapters=str(adapter), model=config.model, device=config.device)
@@ -38,12 +83,10 @@ def run(config: ExportConfig) -> Path:
     say(f"merging {adapter} into {base}")
     merge(base, adapter, output, dtype, int(config.max_shard_size * 1e9), calibration, device)
     types = "experts in MXFP4" if dtype is None else str(dtype).removeprefix("torch.")
-    write_card(output, named, adapter, types)
+    write_card(output, named, adapter, types, config.hub_model_id)
     say(f"merged model: {output} ({types}; loads with transformers alone)")
     if config.verify:
         _verify(config, adapter, output)
-    say(f"talk to it:  {tool('ossia')} infer --model {output}")
-    return output
 
 
 def _calibration_texts(config: ExportConfig, adapter: Path, options: InferConfig) -> list[list[int]]:
@@ -67,3 +110,60 @@ def _verify(config: ExportConfig, adapter: Path, output: Path) -> None:
     if done.returncode:
         reason = done.stderr.strip().removeprefix("error: ") or f"{output}: verifying ended with {done.returncode}"
         raise OssiaError(f"{reason.splitlines()[-1]} (the files are complete; --verify false writes them unproved)")
+
+
+def _push_merged(hub: Hub, output: Path) -> None:
+    try:
+        with staged_model(output) as files:
+            push(hub, files)
+    except OssiaError as error:
+        raise OssiaError(f"{error} ({output} is complete and is not merged again)") from None
+
+
+def _key(config: ExportConfig, adapter: Path, named: str) -> dict[str, Any]:
+    """What makes a merged model that is not pushed yet the one that is asked for."""
+    asked = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_THE_MERGE}
+    weights = (adapter / WEIGHTS).stat()
+    return asked | {"adapters": str(adapter), "model": named, "weights": [weights.st_size, weights.st_mtime_ns]}
+
+
+def _model_to_push(config: ExportConfig) -> Path:
+    folder = Path(str(config.model)).expanduser().resolve()
+    if not folder.is_dir():
+        raise UsageError(f"--model {config.model}: no such folder; without --adapters it is the folder to push")
+    if (folder / "adapter_config.json").is_file():
+        raise UsageError(f"--model {config.model} is an adapter; push it with --adapters {config.model}")
+    if not any(folder.glob("*.gguf")):
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"--model {config.model}: no config.json in this folder; is it a model folder?")
+        weight_files(folder)
+    if config.verify and (folder / RESULT).is_file() and not read_json(folder / RESULT).get("verified"):
+        raise OssiaError(
+            f"{folder / RESULT} says that the model was not verified, so it is not pushed; --verify false pushes it "
+            "all the same"
+        )
+    return folder
+
+
+def _show_merge(config: ExportConfig, adapter: Path, named: str) -> None:
+    """What a merge would write; the weights' size is that of their values."""
+    base = Path(named).expanduser()
+    files = {"README.md, tokenizer and configuration": "small"}
+    if base.is_dir():
+        from ossia.model.folder import by_file
+        from ossia.model.stream import find_tensors
+
+        stored = find_tensors(by_file(weight_files(base)))
+        width = 4 if config.torch_dtype == "float32" else 2
+        size = sum(entry.nbytes for entry in stored.values())
+        if config.format == "bf16":
+            size = sum(
+                2 * entry.nbytes * width if name.endswith("_blocks") else entry.nbytes // entry.dtype.itemsize * width
+                for name, entry in stored.items()
+                if not name.endswith("_scales")
+            )
+        files["*.safetensors"] = f"about {amount(size)}"
+    else:
+        files["*.safetensors"] = f"as large as the base makes them ({named} is not on this machine)"
+    say(f"would merge {adapter} into {named}{' and verify the result' if config.verify else ''}")
+    show(config, files, None)
