@@ -32,7 +32,8 @@ def fingerprint(base: Path) -> str:
     for name in sorted({_whole(name) for name in stored}):
         values = _expert_values(stored, name) if name.endswith(PROJECTIONS) else _first_values(stored[name])
         found.update(name.encode())
-        found.update(values.bfloat16().contiguous().view(torch.uint8).numpy())
+        values = values.bfloat16() + 0  # a merge makes zeros of negative zeros
+        found.update(values.contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
