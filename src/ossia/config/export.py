@@ -20,9 +20,10 @@ class ExportConfig(Config):
     merge_lora: bool = opt(False, "add the adapter to the base weights", group="model")
     format: str = opt(
         "bf16",
-        "mxfp4: gpt-oss's experts in 4 bits, a third of the size; small changes of experts are lost in it",
+        "mxfp4: gpt-oss's experts in 4 bits, a third of the size; small changes of experts are lost in it; "
+        "gguf: the same in one file for llama.cpp and Ollama",
         group="model",
-        choices=["bf16", "mxfp4"],
+        choices=["bf16", "mxfp4", "gguf"],
     )
     torch_dtype: str | None = opt(
         None,
@@ -30,7 +31,11 @@ class ExportConfig(Config):
         group="model",
         choices=["bfloat16", "float32"],
     )
-    verify: bool = opt(True, "afterwards hold the files against base + adapter, in a new process", group="output")
+    verify: bool = opt(
+        True,
+        "afterwards hold the files against base + adapter, in a new process; a GGUF file is only read back, always",
+        group="output",
+    )
     output_dir: str | None = opt(None, "folder to write; default: <adapters>-merged", group="output")
     max_shard_size: float = opt(5.0, "size of one weight file, GB", group="output")
 
@@ -39,7 +44,7 @@ class ExportConfig(Config):
             raise UsageError("give --adapters RUN/checkpoint-N")
         if not self.merge_lora:
             raise UsageError("nothing to do: give --merge_lora true")
-        if self.format == "mxfp4" and self.torch_dtype is not None:
-            raise UsageError("--torch_dtype is for --format bf16; mxfp4 keeps the base's types, so leave it out")
+        if self.format != "bf16" and self.torch_dtype is not None:
+            raise UsageError(f"--torch_dtype is for --format bf16; {self.format} has its own types, so leave it out")
         if self.max_shard_size <= 0:
             raise UsageError(f"--max_shard_size is {self.max_shard_size}; it must be above 0 GB")

@@ -29,7 +29,7 @@ _PRIVATE = """
 _ALWAYS = ("learning_rate", "lora_rank", "lora_alpha", "per_device_train_batch_size", "max_length", "seed")
 
 
-def write_card(folder: Path, base: str, adapter: Path, experts: str) -> None:
+def write_card(folder: Path, base: str, adapter: Path, experts: str, gguf: str | None = None) -> None:
     """Write `README.md`, and `loss.svg` where the run's figures are at hand.
 
     Args:
@@ -37,6 +37,7 @@ def write_card(folder: Path, base: str, adapter: Path, experts: str) -> None:
         base: folder or hub id of the base model.
         adapter: a checkpoint; its run is told of where its folder is still around it.
         experts: how the experts are stored, for people.
+        gguf: name of the file, where the model is one of this format.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -62,6 +63,7 @@ def write_card(folder: Path, base: str, adapter: Path, experts: str) -> None:
         base=base,
         on_hub=on_hub,
         experts=experts,
+        gguf=gguf,
         rank=shape.get("r"),
         alpha=shape.get("lora_alpha"),
         options={name: " ".join(_words(value)) for name, value in options.items()},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -60,16 +60,12 @@ def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None, sh
     """
     check_output(output)
     files = by_file(weight_files(base))
-    stored = find_tensors(files)
-    _check_stored(base, stored, dtype)
-    deltas = AdapterDeltas(adapter)
-    units = list(_units(stored, deltas, dtype))
-    deltas.check_all_used(base)
+    units = merged_units(base, files, adapter, dtype)
     shards = pack(units, shard_bytes)
 
     part = Part(output, _key(files, adapter, dtype, shard_bytes))
     done = {shard.file for shard in shards if part.has(shard)}
-    _check_space(sum(shard.nbytes for shard in shards if shard.file not in done), output)
+    check_space(sum(shard.nbytes for shard in shards if shard.file not in done), output)
     if done:
         say(f"going on with a stopped export: {len(done)} of {len(shards)} weight files are finished")
     try:
@@ -83,7 +79,7 @@ def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None, sh
         _write_index(part.folder, shards)
         roundings = {name: rounding for shard in shards for name, rounding in part.done[shard.file].items()}
         if roundings:
-            _report(part.folder, roundings)
+            write_report(part.folder, roundings)
         part.finish(output)
     except OssiaError:
         part.remove()
@@ -94,6 +90,18 @@ def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None, sh
         say(_left(part))
         raise
     return output
+
+
+def merged_units(
+    base: Path, files: Mapping[Path, Sequence[str]], adapter: Path, dtype: torch.dtype | None
+) -> list[Unit]:
+    """The merged model in pieces, planned from headers; see `merge`. Blocks and scales of experts take turns."""
+    stored = find_tensors(files)
+    _check_stored(base, stored, dtype)
+    deltas = AdapterDeltas(adapter)
+    units = list(_units(stored, deltas, dtype))
+    deltas.check_all_used(base)
+    return units
 
 
 def _left(part: Part) -> str:
@@ -143,10 +151,14 @@ def _units(stored: dict[str, Stored], deltas: AdapterDeltas, dtype: torch.dtype 
             yield _plain(name, entry, deltas.linear(name, entry.shape), dtype)
             continue
         delta = deltas.experts(experts.name, experts.shape)
-        if packed and delta is None and dtype is None:
-            yield _plain(name, entry, None, None)
-        elif not packed or half == "blocks":
-            yield _mxfp4(experts, delta) if dtype is None else _dense(experts, delta, dtype)
+        if packed and half == "scales":
+            continue
+        if dtype is not None:
+            yield _dense(experts, delta, dtype)
+        elif packed and delta is None:
+            yield _kept(experts)
+        else:
+            yield _mxfp4(experts, delta)
 
 
 def _plain(name: str, entry: Stored, delta: Delta | None, dtype: torch.dtype | None) -> Unit:
@@ -174,12 +186,26 @@ def _dense(experts: _Experts, delta: Delta | None, dtype: torch.dtype) -> Unit:
     return Unit({experts.name: Spec(dtype, experts.shape)}, make)
 
 
+def _kept(experts: _Experts) -> Unit:
+    """Experts in MXFP4 that the adapter leaves alone, byte for byte."""
+    assert experts.blocks is not None
+    assert experts.scales is not None
+    halves = {f"{experts.name}_blocks": experts.blocks, f"{experts.name}_scales": experts.scales}
+
+    def make(roundings: dict[str, Rounding]) -> Iterator[tuple[str, Tensor]]:
+        for first, last in pieces(experts.shape):
+            for name, stored in halves.items():
+                yield name, read_rows(stored, first, last)
+
+    return Unit({name: Spec(stored.dtype, stored.shape) for name, stored in halves.items()}, make)
+
+
 def _mxfp4(experts: _Experts, delta: Delta | None) -> Unit:
     """Experts in MXFP4; blocks that the merge leaves as they are stay the base's, byte for byte."""
     count, inputs, outputs = experts.shape
     if inputs % BLOCK:
         raise OssiaError(
-            f"--format mxfp4: {experts.name} has {inputs} inputs, no multiple of {BLOCK}; take --format bf16"
+            f"{experts.name} has {inputs} inputs, no multiple of {BLOCK}, which MXFP4 needs; take --format bf16"
         )
     scales_shape = (count, outputs, inputs // BLOCK)
     names = f"{experts.name}_blocks", f"{experts.name}_scales"
@@ -265,7 +291,8 @@ def _key(files: Iterable[Path], adapter: Path, dtype: torch.dtype | None, shard_
     return {"recipe": _RECIPE, "sources": found.hexdigest(), "dtype": str(dtype), "shard_bytes": shard_bytes}
 
 
-def _check_space(need: int, output: Path) -> None:
+def check_space(need: int, output: Path) -> None:
+    """OssiaError where the disk has not this many bytes free."""
     there = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(there).free
     if need > free:
@@ -281,7 +308,7 @@ def _write_index(folder: Path, shards: list[Shard]) -> None:
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _report(folder: Path, roundings: dict[str, Rounding]) -> None:
+def write_report(folder: Path, roundings: dict[str, Rounding]) -> None:
     """Write what rounding to MXFP4 did, and say the sum of it."""
 
     def over(pick: Callable[[list[float]], float], key: str) -> float:
