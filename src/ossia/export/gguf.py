@@ -112,7 +112,6 @@ def merge_gguf(base: Path, adapter: Path, output: Path) -> Path:
     planned = _plan(base, units, names)
     check_space(sum(tensor.nbytes for tensor in planned.values()), output)
     part = Part(output, {"format": "gguf"})
-    part.remove()
     try:
         part.folder.mkdir(parents=True)
         file = part.folder / FILE
