@@ -217,6 +217,7 @@ def test_metadata(reader):
 def test_the_folder_and_its_modelfile(exported, base):
     folder = exported[0]
     assert {file.name for file in folder.iterdir()} == {FILE, MODELFILE, "LICENSE", "export_report.json"}
+    assert (folder / FILE).stat().st_size % gguf.GGUF_DEFAULT_ALIGNMENT == 0
     text = (folder / MODELFILE).read_text()
     assert text.startswith(f"FROM ./{FILE}\n")
     # The template with its variables put in is what training and `ossia infer` write.

@@ -9,6 +9,7 @@ E experts, O outputs, G blocks of a row, B the 17 bytes of a block: its scale, t
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,6 +118,7 @@ def merge_gguf(base: Path, adapter: Path, output: Path) -> Path:
         file = part.folder / FILE
         head, spans = _head(file, base, output.name, config, planned)
         roundings, digests = _write(file, head, spans, units, names, planned)
+        os.truncate(file, gguf.GGUFWriter.ggml_pad(file.stat().st_size, gguf.GGUF_DEFAULT_ALIGNMENT))
         check_file(file, planned, digests)
         for licence in base.glob("LICENSE*"):
             shutil.copyfile(licence, part.folder / licence.name)
