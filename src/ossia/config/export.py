@@ -31,9 +31,10 @@ class ExportConfig(HubOptions, Config):
     merge_lora: bool = opt(False, "add the adapter to the base weights", group="model")
     format: str = opt(
         "bf16",
-        "mxfp4: gpt-oss's experts in 4 bits, a third of the size; small changes of experts need --calibrate true there",
+        "mxfp4: gpt-oss's experts in 4 bits, a third of the size; small changes of experts need --calibrate true; "
+        "gguf: the same in one file for llama.cpp and Ollama",
         group="model",
-        choices=["bf16", "mxfp4"],
+        choices=["bf16", "mxfp4", "gguf"],
     )
     torch_dtype: str | None = opt(
         None,
@@ -43,7 +44,7 @@ class ExportConfig(HubOptions, Config):
     )
     calibrate: bool = opt(
         False,
-        "round --format mxfp4 so that the experts' outputs on rows stay, by a forward pass of base + adapter over them",
+        "round experts to MXFP4 so that their outputs on rows stay, by a forward pass of base + adapter over these",
         group="calibration",
     )
     dataset: list[str] = opt([], "rows for it; default: those that the adapter was trained on", group="calibration")
@@ -51,7 +52,11 @@ class ExportConfig(HubOptions, Config):
     max_length: int = opt(512, "tokens of a row that count", group="calibration")
 
     device: str = opt("auto", "auto takes a GPU where there is one", group="run", choices=["auto", "cuda", "cpu"])
-    verify: bool = opt(True, "afterwards hold the files against base + adapter, in a new process", group="output")
+    verify: bool = opt(
+        True,
+        "afterwards hold the files against base + adapter, in a new process; a GGUF file is only read back, always",
+        group="output",
+    )
     output_dir: str | None = opt(None, "folder to write; default: <adapters>-merged", group="output")
     max_shard_size: float = opt(5.0, "size of one weight file, GB", group="output")
 
@@ -68,10 +73,10 @@ class ExportConfig(HubOptions, Config):
             raise UsageError("give --adapters RUN/checkpoint-N")
         if not self.merge_lora and not self.pushes:
             raise UsageError("nothing to do: give --merge_lora true, or --push_to_hub org/name for the adapter alone")
-        if self.format == "mxfp4" and self.torch_dtype is not None:
-            raise UsageError("--torch_dtype is for --format bf16; mxfp4 keeps the base's types, so leave it out")
-        if self.calibrate and self.format != "mxfp4":
-            raise UsageError(f"--calibrate is for --format mxfp4; {self.format} loses nothing that it could keep")
+        if self.format != "bf16" and self.torch_dtype is not None:
+            raise UsageError(f"--torch_dtype is for --format bf16; {self.format} has its own types, so leave it out")
+        if self.calibrate and self.format == "bf16":
+            raise UsageError("--calibrate is for --format mxfp4 and gguf; bf16 rounds nothing to four bits")
         if self.dataset and not self.calibrate:
             raise UsageError("--dataset is for --calibrate true; give both or neither")
         for name in ("quant_n_samples", "max_length"):

@@ -23,11 +23,12 @@ from ossia.config import InferConfig
 from ossia.console import progress, say
 from ossia.infer.run import model_of
 from ossia.kernels.expert_mlp.reference import swiglu
+from ossia.kernels.mxfp4.calibrated import Inputs
 from ossia.model.experts import SWIGLU_ALPHA, SWIGLU_LIMIT, Experts
 from ossia.model.folder import read_json
 
-Grams = Callable[[int, int], Tensor]
-"""Of a first and last expert (exclusive): float32 [E, I, I]."""
+Given = Callable[[int, int], Inputs]
+"""Of a first and last expert (exclusive)."""
 FirstProduct = Callable[[int, int], tuple[Tensor, Tensor]]
 """Of the same: weights [E, O, I] and bias [E, O] of the experts' first projection, float32."""
 
@@ -91,9 +92,9 @@ class Calibration:
             torch.cuda.empty_cache()
         return seen
 
-    def grams(self, experts: str, device: torch.device, first_product: FirstProduct | None = None) -> Grams:
-        """Gram matrices of what some experts' first projection is given, or their second where the first one's merged
-        weights are at hand; an input counts by the square of its weight in its token's sum.
+    def given(self, experts: str, device: torch.device, first_product: FirstProduct | None = None) -> Given:
+        """What some experts' first projection is given, or their second where the first one's merged weights are at
+        hand; an input's importance is the square of its weight in its token's sum.
 
         Args:
             experts: name of the module in the checkpoint.
@@ -104,17 +105,17 @@ class Calibration:
         seen = load_file(self.folder / f"{experts}.safetensors", device=str(device))
         hidden_TH, index_TK, weight_TK = seen["hidden"], seen["index"], seen["weight"]
 
-        def grams(first: int, last: int) -> Tensor:
+        def given(first: int, last: int) -> Inputs:
             product = first_product(first, last) if first_product else None
-            found = []
+            rows, importance = [], []
             for expert in range(first, last):
                 token_N, slot_N = (index_TK == expert).nonzero(as_tuple=True)
                 rows_NI = hidden_TH[token_N].float()
                 if product is not None:
                     weight_OI, bias_O = (side[expert - first] for side in product)
                     rows_NI = self._swiglu(torch.addmm(bias_O, rows_NI, weight_OI.T))
-                rows_NI = rows_NI * weight_TK[token_N, slot_N, None]
-                found.append(rows_NI.T @ rows_NI)
-            return torch.stack(found)
+                rows.append(rows_NI)
+                importance.append(weight_TK[token_N, slot_N].square())
+            return Inputs.of(rows, importance)
 
-        return grams
+        return given

@@ -29,7 +29,9 @@ _PRIVATE = """
 _ALWAYS = ("learning_rate", "lora_rank", "lora_alpha", "per_device_train_batch_size", "max_length", "seed")
 
 
-def write_card(folder: Path, base: str, adapter: Path, experts: str | None, repo: str | None = None) -> None:
+def write_card(
+    folder: Path, base: str, adapter: Path, experts: str | None, repo: str | None = None, gguf: str | None = None
+) -> None:
     """Write `README.md`, and `loss.svg` where the run's figures are at hand.
 
     Args:
@@ -38,6 +40,7 @@ def write_card(folder: Path, base: str, adapter: Path, experts: str | None, repo
         adapter: a checkpoint; its run is told of where its folder is still around it.
         experts: how the experts are stored, for people; None: the adapter is not merged.
         repo: where it is pushed to, as org/name.
+        gguf: name of the file, where the model is one of this format.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -65,6 +68,7 @@ def write_card(folder: Path, base: str, adapter: Path, experts: str | None, repo
         on_hub=on_hub,
         experts=experts,
         on_experts=bool(shape.get("target_parameters")),
+        gguf=gguf,
         rank=shape.get("r"),
         alpha=shape.get("lora_alpha"),
         options={name: " ".join(_words(value)) for name, value in options.items()},

@@ -9,7 +9,7 @@ import hashlib
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +22,7 @@ from ossia.adapters.files import CONFIG, WEIGHTS
 from ossia.adapters.origin import check_origin
 from ossia.console import progress, say
 from ossia.errors import OssiaError, UsageError
-from ossia.export.calibrate import Calibration, Grams
+from ossia.export.calibrate import Calibration, Given
 from ossia.export.deltas import AdapterDeltas, Delta
 from ossia.export.folder import INDEX, REPORT, check_output, write_json, write_rest
 from ossia.export.shards import Part, Rounding, Shard, Unit, pack
@@ -35,7 +35,8 @@ from ossia.model.names import PROJECTIONS
 from ossia.model.stream import Stored, find_tensors, read_rows
 
 _EXPERTS = tuple(f".experts.{projection}" for projection in PROJECTIONS)
-_CALIBRATION = "calibration"
+_BIASES = tuple(f"{name}_bias" for name in _EXPERTS)
+CALIBRATION = "calibration"
 _RECIPE = 2
 """Version of what is written; with another one an interrupted export starts again."""
 
@@ -58,7 +59,7 @@ def merge(
     `error` of what was written, `plain_error` of the plain rule (see `ossia.kernels.mxfp4`), `change` by the adapter;
     and `kept`, how much of that change the written weights make along its direction (1: all of it). With a calibration
     also `lost`, how far outputs on its inputs are from where the adapter moves them, relative to that move, and
-    `nearest_lost`, the same by nearest rounding.
+    `nearest_lost`, the same by nearest rounding. It moves biases of rounded experts too.
 
     Args:
         base: model folder, experts in MXFP4 or floating point.
@@ -76,24 +77,19 @@ def merge(
     """
     check_output(output)
     files = by_file(weight_files(base))
-    stored = find_tensors(files)
-    _check_stored(base, stored, dtype)
-    deltas = AdapterDeltas(adapter)
-    units = list(_Merge(stored, deltas, dtype, calibration, device or torch.device("cpu")).units())
-    deltas.check_all_used(base)
-    check_origin(adapter, base)
+    units = merged_units(base, files, adapter, dtype, calibration, device)
     shards = pack(units, shard_bytes)
 
     key = _key(files, adapter, dtype, shard_bytes) | {"calibration": calibration and calibration.key}
     part = Part(output, key)
     done = {shard.file for shard in shards if part.has(shard)}
     left = sum(shard.nbytes for shard in shards if shard.file not in done)
-    _check_space(left + (calibration.nbytes if calibration and left else 0), output)
+    check_space(left + (calibration.nbytes if calibration and left else 0), output)
     if done:
         say(f"going on with a stopped export: {len(done)} of {len(shards)} weight files are finished")
     try:
         if calibration and left:
-            calibration.collect(part.folder / _CALIBRATION)
+            calibration.collect(part.folder / CALIBRATION)
         with progress("merging", len(units), "tensors") as advance:
             for shard in shards:
                 if shard.file in done:
@@ -104,8 +100,8 @@ def merge(
         _write_index(part.folder, shards)
         roundings = {name: rounding for shard in shards for name, rounding in part.done[shard.file].items()}
         if roundings:
-            _report(part.folder, roundings)
-        shutil.rmtree(part.folder / _CALIBRATION, ignore_errors=True)
+            write_report(part.folder, roundings)
+        shutil.rmtree(part.folder / CALIBRATION, ignore_errors=True)
         part.finish(output)
     except OssiaError:
         part.remove()
@@ -116,6 +112,24 @@ def merge(
         say(_left(part))
         raise
     return output
+
+
+def merged_units(
+    base: Path,
+    files: Mapping[Path, Sequence[str]],
+    adapter: Path,
+    dtype: torch.dtype | None,
+    calibration: Calibration | None = None,
+    device: torch.device | None = None,
+) -> list[Unit]:
+    """The merged model in pieces, planned from headers; see `merge`. Blocks and scales of experts take turns."""
+    stored = find_tensors(files)
+    _check_stored(base, stored, dtype)
+    deltas = AdapterDeltas(adapter)
+    units = list(_Merge(stored, deltas, dtype, calibration, device or torch.device("cpu")).units())
+    deltas.check_all_used(base)
+    check_origin(adapter, base)
+    return units
 
 
 def _left(part: Part) -> str:
@@ -171,14 +185,27 @@ class _Merge:
                 experts = self._experts(stem)
             elif name.endswith(_EXPERTS):
                 experts = self._experts(name)
+            elif name.endswith(_BIASES) and self._is_rounded(name.removesuffix("_bias")):
+                continue
             else:
                 yield self._plain(name, entry, self.deltas.linear(name, entry.shape), self.dtype)
                 continue
             delta = self.deltas.experts(experts.name, experts.shape)
-            if packed and delta is None and self.dtype is None:
-                yield self._plain(name, entry, None, None)
-            elif not packed or half == "blocks":
-                yield self._mxfp4(experts, delta) if self.dtype is None else self._dense(experts, delta, self.dtype)
+            if packed and half == "scales":
+                continue
+            if self.dtype is not None:
+                yield self._dense(experts, delta, self.dtype)
+            elif packed and delta is None:
+                yield self._kept(experts)
+            else:
+                yield self._mxfp4(experts, delta)
+
+    def _is_rounded(self, name: str) -> bool:
+        """Whether a projection is rounded by the calibration, and its bias moves with it."""
+        if self.calibration is None:
+            return False
+        experts = self._experts(name)
+        return experts.dense is not None or self.deltas.experts(name, experts.shape) is not None
 
     def _experts(self, name: str) -> _Experts:
         halves = (self.stored.get(f"{name}_{half}") for half in ("blocks", "scales"))
@@ -207,46 +234,64 @@ class _Merge:
 
         return Unit({experts.name: Spec(dtype, experts.shape)}, make)
 
+    def _kept(self, experts: _Experts) -> Unit:
+        """Experts in MXFP4 that the adapter leaves alone, byte for byte."""
+        assert experts.blocks is not None
+        assert experts.scales is not None
+        halves = {f"{experts.name}_blocks": experts.blocks, f"{experts.name}_scales": experts.scales}
+
+        def make(roundings: dict[str, Rounding]) -> Iterator[tuple[str, Tensor]]:
+            for first, last in pieces(experts.shape, self.device):
+                for name, stored in halves.items():
+                    yield name, read_rows(stored, first, last)
+
+        return Unit({name: Spec(stored.dtype, stored.shape) for name, stored in halves.items()}, make)
+
     def _mxfp4(self, experts: _Experts, delta: Delta | None) -> Unit:
-        """Experts in MXFP4; nearest rounding leaves blocks that the merge leaves the base's, byte for byte."""
+        """Experts in MXFP4, after a calibration with their bias; without one, blocks that the merge leaves alone stay
+        the base's, byte for byte."""
         count, inputs, outputs = experts.shape
         if inputs % BLOCK:
             raise OssiaError(
-                f"--format mxfp4: {experts.name} has {inputs} inputs, no multiple of {BLOCK}; take --format bf16"
+                f"{experts.name} has {inputs} inputs, no multiple of {BLOCK}, which MXFP4 needs; take --format bf16"
             )
         scales_shape = (count, outputs, inputs // BLOCK)
         names = f"{experts.name}_blocks", f"{experts.name}_scales"
         specs = Spec(torch.uint8, (*scales_shape, BLOCK // 2)), Spec(torch.uint8, scales_shape)
+        bias_name = f"{experts.name}_bias"
+        bias = self.stored[bias_name] if self.calibration else None
 
         def make(roundings: dict[str, Rounding]) -> Iterator[tuple[str, Tensor]]:
-            grams, told = self._grams(experts), _Told()
-            for span, base_EOI, weight_EOI, packed in self._merged(experts, delta):
+            given, told = self._given(experts), _Told()
+            for (first, last), base_EOI, weight_EOI, packed in self._merged(experts, delta):
                 found = quantize_search(weight_EOI)
                 blocks, scales = found.blocks, found.scales
                 if packed is not None:
                     same_EOG = (weight_EOI == base_EOI).reshape(*scales.shape, BLOCK).all(dim=-1)
                     blocks = torch.where(same_EOG.unsqueeze(-1), packed[0], blocks)
                     scales = torch.where(same_EOG, packed[1], scales)
-                nearest_EOI = dequantize(blocks, scales, torch.float32)
-                told.add("plain_error", found.plain_error.sum())
-                if grams is not None:
-                    gram_EII = grams(*span)
-                    blocks, scales = quantize_calibrated(weight_EOI, gram_EII)
+                change_EOI, written_EOI = weight_EOI - base_EOI, dequantize(blocks, scales, torch.float32)
+                if given is not None:
+                    inputs = given(first, last)
+                    told.add("moved", inputs.moved(change_EOI))
+                    told.add("nearest_lost", inputs.moved(written_EOI - weight_EOI))
+                    blocks, scales, shift_EO = quantize_calibrated(weight_EOI, inputs)
+                    written_EOI = dequantize(blocks, scales, torch.float32)
+                    told.add("lost", inputs.moved(written_EOI - weight_EOI, shift_EO))
                 yield names[0], blocks
                 yield names[1], scales
-                written_EOI = dequantize(blocks, scales, torch.float32)
-                change_EOI = weight_EOI - base_EOI
+                if bias is not None:
+                    bias_EO = read_rows(bias, first, last)
+                    yield bias_name, (bias_EO.to(self.device).float() + shift_EO).to(bias.dtype)
                 told.add("weight", weight_EOI.square().sum())
                 told.add("error", (written_EOI - weight_EOI).square().sum())
+                told.add("plain_error", found.plain_error.sum())
                 told.add("change", change_EOI.square().sum())
                 told.add("kept", ((written_EOI - base_EOI) * change_EOI).sum())
-                if grams is not None:
-                    told.add("moved", _on_inputs(change_EOI, gram_EII))
-                    told.add("lost", _on_inputs(written_EOI - weight_EOI, gram_EII))
-                    told.add("nearest_lost", _on_inputs(nearest_EOI - weight_EOI, gram_EII))
             roundings[experts.name] = told.rounding()
 
-        return Unit(dict(zip(names, specs, strict=True)), make)
+        outputs_of = dict(zip(names, specs, strict=True))
+        return Unit(outputs_of if bias is None else outputs_of | {bias_name: Spec(bias.dtype, bias.shape)}, make)
 
     def _merged(
         self, experts: _Experts, delta: Delta | None
@@ -259,12 +304,12 @@ class _Merge:
             weight_EOI = base_EOI if factors is None else base_EOI + factors.rows(first, last).transpose(1, 2)
             yield (first, last), base_EOI, _finite(weight_EOI, experts.name), packed
 
-    def _grams(self, experts: _Experts) -> Grams | None:
+    def _given(self, experts: _Experts) -> Given | None:
         if self.calibration is None:
             return None
         module, _, projection = experts.name.rpartition(".")
         if projection == PROJECTIONS[0]:
-            return self.calibration.grams(module, self.device)
+            return self.calibration.given(module, self.device)
         first_product = self._experts(f"{module}.{PROJECTIONS[0]}")
         bias = self.stored[f"{first_product.name}_bias"]
         delta = self.deltas.experts(first_product.name, first_product.shape)
@@ -276,11 +321,11 @@ class _Merge:
                 weight_EOI = weight_EOI + factors.rows(first, last).transpose(1, 2)
             return weight_EOI, read_rows(bias, first, last).to(self.device).float()
 
-        return self.calibration.grams(module, self.device, weights)
+        return self.calibration.given(module, self.device, weights)
 
 
 class _Told:
-    """Sums over a tensor's pieces of squares, and of products for `kept`."""
+    """Sums over a tensor's pieces: of squares, and of products for `kept`."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
@@ -293,17 +338,12 @@ class _Told:
         sums = self.sums
         found = {name: _relative(sums[name], sums["weight"]) for name in ("error", "plain_error", "change")}
         found["kept"] = sums["kept"] / sums["change"] if sums["change"] else 1.0
-        names = ("lost", "nearest_lost") if "moved" in sums else ()
+        names = ("lost", "nearest_lost") if sums["moved"] else ()
         return found | {name: _relative(sums[name], sums["moved"]) for name in names}
 
 
 def _relative(square: float, of: float) -> float:
     return math.sqrt(square / of) if of else 0.0
-
-
-def _on_inputs(difference_EOI: Tensor, gram_EII: Tensor) -> Tensor:
-    """The sum of squares of what weights' difference does to the outputs of all inputs."""
-    return ((difference_EOI @ gram_EII) * difference_EOI).sum()
 
 
 def _finite(weight: Tensor, name: str) -> Tensor:
@@ -348,7 +388,8 @@ def _key(files: Iterable[Path], adapter: Path, dtype: torch.dtype | None, shard_
     return {"recipe": _RECIPE, "sources": found.hexdigest(), "dtype": str(dtype), "shard_bytes": shard_bytes}
 
 
-def _check_space(need: int, output: Path) -> None:
+def check_space(need: int, output: Path) -> None:
+    """OssiaError where the disk has not this many bytes free."""
     there = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(there).free
     if need > free:
@@ -364,9 +405,12 @@ def _write_index(folder: Path, shards: list[Shard]) -> None:
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _report(folder: Path, roundings: dict[str, Rounding]) -> None:
+def write_report(folder: Path, roundings: dict[str, Rounding]) -> None:
     """Write what rounding to MXFP4 did, and say the sum of it."""
-    by_measure = {key: [rounding[key] for rounding in roundings.values()] for key in next(iter(roundings.values()))}
+    by_measure: dict[str, list[float]] = defaultdict(list)
+    for rounding in roundings.values():
+        for key, value in rounding.items():
+            by_measure[key].append(value)
     mean = {key: fmean(values) for key, values in by_measure.items()}
     worst = {key: (min if key == "kept" else max)(values) for key, values in by_measure.items()}
     write_json(folder / REPORT, {"format": "mxfp4", "worst": worst, "mean": mean, "tensors": roundings})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ _NOT_OF_THE_MERGE = {*HubOptions.__dataclass_fields__, "device", "dry_run", "out
 
 def run(config: ExportConfig) -> Path:
     """Merge where it is asked for, push where it is asked for, and say where the result is."""
+    if config.format == "gguf" and find_spec("gguf") is None:
+        raise OssiaError("--format gguf needs the package gguf: pip install 'ossia[gguf]'")
     if config.merge_lora:
         return _merged(config)
     repo = str(config.hub_model_id)
@@ -47,7 +50,7 @@ def _merged(config: ExportConfig) -> Path:
     output = Path(config.output_dir).expanduser().resolve() if config.output_dir else Path(f"{adapter}-merged")
     named = config.model or base_model_of(adapter)
     record, key = output.parent / f".{output.name}.push.json", _key(config, adapter, named)
-    done = config.pushes and (output / "config.json").is_file() and record.is_file() and read_json(record) == key
+    done = config.pushes and output.is_dir() and record.is_file() and read_json(record) == key
     if not done:
         check_output(output)
     if config.dry_run:
@@ -63,7 +66,10 @@ def _merged(config: ExportConfig) -> Path:
         write_json(record, key)
         _push_merged(hub, output)
         record.unlink()
-    say(f"talk to it:  {tool('ossia')} infer --model {output}")
+    if config.format == "gguf":
+        say(f"talk to it:  ollama create {output.name} -f {output / 'Modelfile'} && ollama run {output.name}")
+    else:
+        say(f"talk to it:  {tool('ossia')} infer --model {output}")
     return output
 
 
@@ -74,13 +80,22 @@ def _merge(config: ExportConfig, adapter: Path, named: str, output: Path) -> Non
     texts = _calibration_texts(config, adapter, options) if config.calibrate else []
 
     from ossia.export.calibrate import Calibration
-    from ossia.export.merge import merge
     from ossia.model.load import DTYPES, pick_device
 
     device = pick_device(config.device)
     calibration = Calibration(options, base, texts) if texts else None
-    dtype = None if config.format == "mxfp4" else DTYPES[config.torch_dtype or "bfloat16"]
     say(f"merging {adapter} into {base}")
+    if config.format == "gguf":
+        from ossia.export.gguf import FILE, merge_gguf
+
+        merge_gguf(base, adapter, output, calibration, device)
+        write_card(output, named, adapter, "experts in MXFP4", config.hub_model_id, FILE)
+        say(f"merged model: {output / FILE} (experts in MXFP4; every tensor reads back as meant)")
+        return
+
+    from ossia.export.merge import merge
+
+    dtype = None if config.format == "mxfp4" else DTYPES[config.torch_dtype or "bfloat16"]
     merge(base, adapter, output, dtype, int(config.max_shard_size * 1e9), calibration, device)
     types = "experts in MXFP4" if dtype is None else str(dtype).removeprefix("torch.")
     write_card(output, named, adapter, types, config.hub_model_id)
@@ -162,8 +177,10 @@ def _show_merge(config: ExportConfig, adapter: Path, named: str) -> None:
                 for name, entry in stored.items()
                 if not name.endswith("_scales")
             )
-        files["*.safetensors"] = f"about {amount(size)}"
+        files["*.gguf" if config.format == "gguf" else "*.safetensors"] = f"about {amount(size)}"
     else:
-        files["*.safetensors"] = f"as large as the base makes them ({named} is not on this machine)"
+        files["*.gguf" if config.format == "gguf" else "*.safetensors"] = (
+            f"as large as the base makes them ({named} is not on this machine)"
+        )
     say(f"would merge {adapter} into {named}{' and verify the result' if config.verify else ''}")
     show(config, files, None)

@@ -107,7 +107,7 @@ class Part:
         """Give the folder its name."""
         if output.is_dir():
             output.rmdir()
-        self._record.unlink()
+        self._record.unlink(missing_ok=True)
         self.folder.rename(output)
 
     def remove(self) -> None:

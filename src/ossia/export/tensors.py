@@ -1,4 +1,4 @@
-"""Tensors in pieces, and safetensors files written row by row, their header first."""
+"""Tensors in pieces, and files written row by row, their head first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -38,34 +38,24 @@ def pieces(shape: tuple[int, ...], device: torch.device) -> Iterator[tuple[int, 
         yield first, min(first + step, rows)
 
 
-class Writer:
-    """Writes a safetensors file: the header at once, then rows of any tensor, each tensor's in order.
+class RowWriter:
+    """Writes a file: its head at once, then rows of any tensor, each tensor's in order.
 
     The file carries its name only after a clean end of the `with` block, with every byte on the disk.
 
     Args:
         path: of the file.
-        specs: all its tensors.
+        head: its first bytes.
+        spans: first and last byte (exclusive) of each tensor, by name.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+    def __init__(self, path: Path, head: bytes, spans: Mapping[str, tuple[int, int]]) -> None:
         self.path, self.part = path, path.with_name(f"{path.name}.part")
-        # Widest first, as safetensors does it, so that each tensor is aligned.
-        order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        ends: dict[str, int] = {}
-        for name in order:
-            spec, start = specs[name], end
-            end = ends[name] = start + spec.nbytes
-            header[name] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._head = len(text).to_bytes(8, "little") + text
-        self._ends = {name: len(self._head) + end for name, end in ends.items()}
-        self._next = {name: self._ends[name] - specs[name].nbytes for name in order}
+        self._head = head
+        self._next = {name: start for name, (start, _) in spans.items()}
+        self._ends = {name: end for name, (_, end) in spans.items()}
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> Self:
         self._file = self.part.open("wb", buffering=0)
         self._write(self._head, 0)
         return self
@@ -97,3 +87,28 @@ class Writer:
         while data:
             count = os.pwrite(self._file.fileno(), data, start)
             data, start = data[count:], start + count
+
+
+class Writer(RowWriter):
+    """Writes a safetensors file.
+
+    Args:
+        path: of the file.
+        specs: all its tensors.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+        # Widest first, as safetensors does it, so that each tensor is aligned.
+        order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        spans: dict[str, tuple[int, int]] = {}
+        for name in order:
+            spec, start = specs[name], end
+            end = start + spec.nbytes
+            spans[name] = start, end
+            header[name] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        head = len(text).to_bytes(8, "little") + text
+        super().__init__(path, head, {name: (len(head) + a, len(head) + b) for name, (a, b) in spans.items()})
