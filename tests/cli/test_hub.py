@@ -254,7 +254,9 @@ def test_what_is_not_verified_is_not_pushed(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(export_run, "_verify", fail)
     monkeypatch.setattr(export_run, "open_hub", lambda config: None)
     monkeypatch.setattr(export_run, "push", lambda *args: pytest.fail("pushed"))
-    config = ExportConfig(adapters=str(trained), merge_lora=True, push_to_hub="me/x", output_dir=str(tmp_path / "out"))
+    config = ExportConfig(
+        adapters=[str(trained)], merge_lora=True, push_to_hub="me/x", output_dir=str(tmp_path / "out")
+    )
     with pytest.raises(OssiaError, match="not verified"):
         export_run.run(config)
 

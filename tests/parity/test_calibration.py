@@ -40,7 +40,7 @@ def texts(seed: int = 0) -> list[list[int]]:
 
 
 def calibration(base: Path, adapter: Path, seed: int = 0) -> Calibration:
-    return Calibration(InferConfig(adapters=str(adapter), torch_dtype="float32", device="cpu"), base, texts(seed))
+    return Calibration(InferConfig(adapters=[str(adapter)], torch_dtype="float32", device="cpu"), base, texts(seed))
 
 
 @pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])

@@ -248,7 +248,7 @@ def test_without_the_package_nothing_begins(adapter, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setattr("ossia.export.run.check_adapter", lambda name: pytest.fail("work began"))
     with pytest.raises(OssiaError, match=r"--format gguf needs the package gguf: pip install 'ossia\[gguf\]'"):
-        run(ExportConfig(adapters=str(adapter), merge_lora=True, format="gguf"))
+        run(ExportConfig(adapters=[str(adapter)], merge_lora=True, format="gguf"))
 
 
 def test_bad_input_is_named_before_a_tensor_is_read(base, adapter, tiny_gpt_oss, tiny_llama, tmp_path, monkeypatch):

@@ -32,21 +32,24 @@ from ossia.model.names import PROJECTIONS
 _NEST = {"gate_up_proj": ".base_layer", "down_proj": ""}
 
 
-def save_adapter(model: PeftModel, folder: Path, base_model: str | None = None, adapter: str = "default") -> None:
+def save_adapter(
+    model: PeftModel, folder: Path, base_model: str | None = None, adapter: str = "default", origin: str | None = None
+) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`.
 
     Args:
         model: from `add_lora` or `load_adapter`.
         folder: made where missing.
-        base_model: path or hub id written into the configuration; default: as it stands there. Of a folder the
-            fingerprint goes along (see `ossia.adapters.origin`).
+        base_model: path or hub id written into the configuration; default: as it stands there.
         adapter: PEFT's name of the adapter.
+        origin: fingerprint of the base (see `ossia.adapters.origin`); default: that of `base_model`, where it is a
+            folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{WEIGHTS}.part"
-    known = base_model is not None and Path(base_model).is_dir()
-    metadata = {KEY: fingerprint(Path(str(base_model)))} if known else None
-    save_tensors(adapter_tensors(model, adapter), part, metadata)
+    if origin is None and base_model is not None and Path(base_model).is_dir():
+        origin = fingerprint(Path(base_model))
+    save_tensors(adapter_tensors(model, adapter), part, {KEY: origin} if origin else None)
     config = _config_on_disk(model, base_model, adapter)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(part, folder / WEIGHTS)

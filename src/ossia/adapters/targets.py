@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ossia.errors import UsageError, nearest
+from ossia.adapters.files import LoraSettings
+from ossia.errors import OssiaError, UsageError, nearest
 from ossia.model.folder import read_json, weight_files
 from ossia.model.names import PROJECTIONS
 
@@ -74,6 +76,26 @@ def check_targets(folder: Path, target_modules: list[str], target_experts: str =
     endings = _linear_targets(names, target_modules) if names else []
     linear = [name for name in names if any(name == end or name.endswith(f".{end}") for end in endings)]
     return linear, _expert_layers(list(layers), target_experts)
+
+
+def named_targets(settings: LoraSettings, folder: Path) -> tuple[list[str], str]:
+    """The flags `--target_modules` and `--target_experts` that make an adapter of these settings.
+
+    Raises:
+        OssiaError: parameters that are no experts, or one projection of them alone.
+    """
+    layers: dict[str, set[str]] = {}
+    for name in settings.target_parameters:
+        place, _, projection = name.rpartition(".")
+        if projection not in PROJECTIONS:
+            raise OssiaError(f"{folder}: this adapter adapts {name}, which is no projection of experts")
+        number = re.search(r"layers\.(\d+)\.", place)
+        layers.setdefault(number[1] if number else "all", set()).add(projection)
+    for hit in layers.values():
+        if len(hit) < len(PROJECTIONS):
+            raise OssiaError(f"{folder}: this adapter has only {min(hit)} of the experts; both projections are needed")
+    experts = "all" if "all" in layers else ",".join(sorted(layers, key=int)) or "none"
+    return settings.target_modules or ["none"], experts
 
 
 def _linear_targets(names: Iterable[str], wanted: list[str]) -> list[str]:

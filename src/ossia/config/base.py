@@ -212,7 +212,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return None
         raise UsageError(f"--{name} needs a value")
     if kind is list:
-        return [str(item) for item in (value if isinstance(value, list | tuple) else [value])]
+        item = (*typing.get_args(hint), str)[0]
+        return [_convert(each, item, name) for each in (value if isinstance(value, list | tuple) else [value])]
     if kind is bool:
         text = str(value).lower()
         if text not in TRUE + FALSE:

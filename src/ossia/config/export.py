@@ -7,11 +7,12 @@ from typing import ClassVar
 
 from ossia.config.base import Config, opt
 from ossia.config.hub import HUB_TITLES, HubOptions
+from ossia.config.parts import AdapterOptions
 from ossia.errors import UsageError
 
 
 @dataclass
-class ExportConfig(HubOptions, Config):
+class ExportConfig(HubOptions, AdapterOptions, Config):
     """Write a model that runs without Ossia, or push what is there."""
 
     group_titles: ClassVar[dict[str, str]] = {
@@ -22,7 +23,6 @@ class ExportConfig(HubOptions, Config):
         "run": "run",
     }
 
-    adapters: str | None = opt(None, "checkpoint folder of a LoRA run", group="model")
     model: str | None = opt(
         None,
         "base model; default: the one the adapter was trained on. Without --adapters: a model folder to push",
@@ -69,7 +69,10 @@ class ExportConfig(HubOptions, Config):
 
     def validate(self) -> None:
         self.validate_hub()
-        if self.adapters is None and (self.merge_lora or not self.pushes or self.model is None):
+        self.validate_adapters()
+        if len(self.adapters) > 1 and not (self.merge_lora and self.output_dir):
+            raise UsageError("several --adapters are merged into one model: give --merge_lora true and --output_dir")
+        if not self.adapters and (self.merge_lora or not self.pushes or self.model is None):
             raise UsageError("give --adapters RUN/checkpoint-N")
         if not self.merge_lora and not self.pushes:
             raise UsageError("nothing to do: give --merge_lora true, or --push_to_hub org/name for the adapter alone")

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ossia.config.base import Config, opt
-from ossia.config.parts import MODEL_TITLES, ModelOptions, TemplateOptions
+from ossia.config.parts import MODEL_TITLES, AdapterOptions, ModelOptions, TemplateOptions
 from ossia.errors import UsageError
 
 
 @dataclass
-class InferConfig(TemplateOptions, ModelOptions, Config):
+class InferConfig(TemplateOptions, AdapterOptions, ModelOptions, Config):
     """Talk to a model, or answer the rows of a file."""
 
     group_titles: ClassVar[dict[str, str]] = {
@@ -21,10 +21,6 @@ class InferConfig(TemplateOptions, ModelOptions, Config):
         "batch": "rows of a file",
         "run": "run",
     }
-
-    adapters: str | None = opt(
-        None, "checkpoint folder of a LoRA run; its base model is found by itself", group="model"
-    )
 
     stream: bool = opt(True, "print the reply as it comes", group="generate")
     temperature: float = opt(1.0, "0: always the likeliest token", group="generate")
@@ -44,7 +40,8 @@ class InferConfig(TemplateOptions, ModelOptions, Config):
         for name in ("max_new_tokens", "max_batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        if self.model is None and self.adapters is None:
+        self.validate_adapters()
+        if self.model is None and not self.adapters:
             raise UsageError("give --model DIR, or --adapters RUN/checkpoint-N")
         if self.result_path and not self.val_dataset:
             raise UsageError("--result_path goes with --val_dataset FILE")

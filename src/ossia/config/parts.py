@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ossia.config.base import opt
@@ -35,6 +36,23 @@ class ModelOptions:
         group="model",
         choices=["auto", "flash", "eager", "flex_attention"],
     )
+
+
+@dataclass
+class AdapterOptions:
+    """Which adapters, and how much of each."""
+
+    adapters: list[str] = opt([], "checkpoint folders; of several the changes are added up", group="model")
+    adapter_weights: list[float] = opt([], "factor of each one's change; default: 1 each", group="model")
+
+    def validate_adapters(self) -> None:
+        if self.adapter_weights and len(self.adapter_weights) != len(self.adapters):
+            raise UsageError(
+                f"--adapter_weights has {len(self.adapter_weights)} numbers for {len(self.adapters)} --adapters; "
+                "give one for each"
+            )
+        if not all(map(math.isfinite, self.adapter_weights)):
+            raise UsageError("--adapter_weights takes finite numbers")
 
 
 @dataclass

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ossia.config.base import Config, opt, parse_bytes
-from ossia.config.parts import DATA_TITLES, MODEL_TITLES, DataOptions, ModelOptions, TemplateOptions
+from ossia.config.parts import DATA_TITLES, MODEL_TITLES, AdapterOptions, DataOptions, ModelOptions, TemplateOptions
 from ossia.errors import UsageError
 
 
 @dataclass
-class SftConfig(DataOptions, TemplateOptions, ModelOptions, Config):
+class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Config):
     """Supervised fine-tuning with LoRA."""
 
     group_titles: ClassVar[dict[str, str]] = {
@@ -126,6 +126,7 @@ class SftConfig(DataOptions, TemplateOptions, ModelOptions, Config):
 
     def validate(self) -> None:
         self.validate_data()
+        self.validate_adapters()
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget, "--memory_budget")
         for name in (

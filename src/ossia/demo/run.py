@@ -51,7 +51,7 @@ def run(config: DemoConfig) -> None:
     train_seconds = time.monotonic() - train_started
 
     say("5/6  what the tuned model answers")
-    after = answers(InferConfig(adapters=str(result.checkpoint)), prompts)
+    after = answers(InferConfig(adapters=[str(result.checkpoint)]), prompts)
     for prompt, old, new in zip(prompts, before, after, strict=True):
         _show(prompt, old, new)
 
@@ -59,7 +59,7 @@ def run(config: DemoConfig) -> None:
     # float32, as it was trained: rounded to bfloat16, a near tie between two words can fall the other way.
     merged = export(
         ExportConfig(
-            adapters=str(result.checkpoint),
+            adapters=[str(result.checkpoint)],
             merge_lora=True,
             torch_dtype="float32",
             verify=False,

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ossia.adapters.combine import PARTS
 from ossia.adapters.files import CONFIG as ADAPTER_CONFIG
 from ossia.config import SftConfig
 from ossia.model.folder import HUB_ID, read_json
@@ -21,7 +22,7 @@ _MARKS = re.compile(r"(<!-- verification -->\n).*?(<!-- /verification -->)", re.
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 640, 240, 48, 24
 # Where files lay, who watched and what the machine was: no part of what the weights became.
 _PRIVATE = """
-    model dataset val_dataset output_dir add_version report_to swanlab_project swanlab_exp_name swanlab_mode
+    model adapters dataset val_dataset output_dir add_version report_to swanlab_project swanlab_exp_name swanlab_mode
     swanlab_workspace resume_from_checkpoint load_from_cache_file dataset_num_proc dataloader_num_workers device
     dry_run logging_steps save_strategy save_steps save_total_limit eval_steps eval_strategy eval_on_start
     per_device_eval_batch_size memory_budget
@@ -69,6 +70,7 @@ def write_card(
         experts=experts,
         on_experts=bool(shape.get("target_parameters")),
         gguf=gguf,
+        parts=json.loads((adapter / PARTS).read_text(encoding="utf-8")) if (adapter / PARTS).is_file() else [],
         rank=shape.get("r"),
         alpha=shape.get("lora_alpha"),
         options={name: " ".join(_words(value)) for name, value in options.items()},
@@ -92,6 +94,8 @@ def _public(config: SftConfig) -> dict[str, Any]:
     """What a reader may know: names of datasets without their folders."""
     values = config.to_dict()
     told = {"dataset": [_name(word) for word in config.dataset]}
+    if config.adapters:
+        told["adapters"] = [_name(word) for word in config.adapters]
     if config.val_dataset:
         told["val_dataset"] = [_name(word) for word in config.val_dataset]
     default, hidden = SftConfig().to_dict(), set(_PRIVATE.split())

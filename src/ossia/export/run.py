@@ -20,6 +20,7 @@ from ossia.export.rows import conversations_of, drawn
 from ossia.export.verify import RESULT
 from ossia.infer.run import template_of
 from ossia.model.folder import read_json, resolve_model, weight_files
+from ossia.train.adapters import one_adapter
 
 _NOT_OF_THE_MERGE = {*HubOptions.__dataclass_fields__, "device", "dry_run", "output_dir"}
 
@@ -29,10 +30,11 @@ def run(config: ExportConfig) -> Path:
     if config.format == "gguf" and find_spec("gguf") is None:
         raise OssiaError("--format gguf needs the package gguf: pip install 'ossia[gguf]'")
     if config.merge_lora:
-        return _merged(config)
+        with one_adapter(config.adapters, config.adapter_weights) as adapter:
+            return _merged(config, adapter)
     repo = str(config.hub_model_id)
-    if config.adapters is not None:
-        folder = check_adapter(config.adapters)
+    if config.adapters:
+        folder = check_adapter(config.adapters[0])
         staged = staged_adapter(folder, config.model or base_model_of(folder), repo)
     else:
         folder = _model_to_push(config)
@@ -45,16 +47,15 @@ def run(config: ExportConfig) -> Path:
     return folder
 
 
-def _merged(config: ExportConfig) -> Path:
-    adapter = check_adapter(str(config.adapters))
-    output = Path(config.output_dir).expanduser().resolve() if config.output_dir else Path(f"{adapter}-merged")
+def _merged(config: ExportConfig, adapter: Path) -> Path:
+    output = Path(config.output_dir or f"{check_adapter(config.adapters[0])}-merged").expanduser().resolve()
     named = config.model or base_model_of(adapter)
-    record, key = output.parent / f".{output.name}.push.json", _key(config, adapter, named)
+    record, key = output.parent / f".{output.name}.push.json", _key(config, named)
     done = config.pushes and output.is_dir() and record.is_file() and read_json(record) == key
     if not done:
         check_output(output)
     if config.dry_run:
-        _show_merge(config, adapter, named)
+        _show_merge(config, named)
         return output
     # Before the base is downloaded or merged, which may take long.
     hub = open_hub(config) if config.pushes else None
@@ -76,7 +77,7 @@ def _merged(config: ExportConfig) -> Path:
 def _merge(config: ExportConfig, adapter: Path, named: str, output: Path) -> None:
     base = resolve_model(named)
 
-    options = InferConfig(adapters=str(adapter), model=config.model, device=config.device)
+    options = InferConfig(adapters=[str(adapter)], model=config.model, device=config.device)
     texts = _calibration_texts(config, adapter, options) if config.calibrate else []
 
     from ossia.export.calibrate import Calibration
@@ -84,7 +85,7 @@ def _merge(config: ExportConfig, adapter: Path, named: str, output: Path) -> Non
 
     device = pick_device(config.device)
     calibration = Calibration(options, base, texts) if texts else None
-    say(f"merging {adapter} into {base}")
+    say(f"merging {' and '.join(config.adapters)} into {base}")
     if config.format == "gguf":
         from ossia.export.gguf import FILE, merge_gguf
 
@@ -107,7 +108,9 @@ def _merge(config: ExportConfig, adapter: Path, named: str, output: Path) -> Non
 def _calibration_texts(config: ExportConfig, adapter: Path, options: InferConfig) -> list[list[int]]:
     found = conversations_of(adapter, config.dataset, "dataset")
     if found is None:
-        raise UsageError(f"--calibrate true: the rows that {adapter} was trained on are not there; give --dataset")
+        raise UsageError(
+            f"--calibrate true: the rows that {config.adapters[0]} was trained on are not there; give --dataset"
+        )
     rows = drawn(found, config.quant_n_samples)
     if not rows:
         raise UsageError("--calibrate true: there are no conversations among the rows, only texts; give --dataset")
@@ -135,11 +138,16 @@ def _push_merged(hub: Hub, output: Path) -> None:
         raise OssiaError(f"{error} ({output} is complete and is not merged again)") from None
 
 
-def _key(config: ExportConfig, adapter: Path, named: str) -> dict[str, Any]:
+def _key(config: ExportConfig, named: str) -> dict[str, Any]:
     """What makes a merged model that is not pushed yet the one that is asked for."""
     asked = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_THE_MERGE}
-    weights = (adapter / WEIGHTS).stat()
-    return asked | {"adapters": str(adapter), "model": named, "weights": [weights.st_size, weights.st_mtime_ns]}
+    folders = [check_adapter(name) for name in config.adapters]
+    weights = [(folder / WEIGHTS).stat() for folder in folders]
+    return asked | {
+        "adapters": [str(folder) for folder in folders],
+        "model": named,
+        "weights": [[each.st_size, each.st_mtime_ns] for each in weights],
+    }
 
 
 def _model_to_push(config: ExportConfig) -> Path:
@@ -160,7 +168,7 @@ def _model_to_push(config: ExportConfig) -> Path:
     return folder
 
 
-def _show_merge(config: ExportConfig, adapter: Path, named: str) -> None:
+def _show_merge(config: ExportConfig, named: str) -> None:
     """What a merge would write; the weights' size is that of their values."""
     base = Path(named).expanduser()
     files = {"README.md, tokenizer and configuration": "small"}
@@ -182,5 +190,5 @@ def _show_merge(config: ExportConfig, adapter: Path, named: str) -> None:
         files["*.gguf" if config.format == "gguf" else "*.safetensors"] = (
             f"as large as the base makes them ({named} is not on this machine)"
         )
-    say(f"would merge {adapter} into {named}{' and verify the result' if config.verify else ''}")
+    say(f"would merge {' and '.join(config.adapters)} into {named}{' and verify the result' if config.verify else ''}")
     show(config, files, None)

@@ -108,7 +108,10 @@ def _original(config: VerifyConfig) -> dict[str, Any]:
     kind = "adapters" if (folder / ADAPTER_CONFIG).is_file() else "model"
     if kind == "model" and config.model is not None:
         raise UsageError(f"--model is the base of an adapter, and {folder} is none")
-    return {kind: str(folder), **({} if config.model is None else {"model": config.model})}
+    return {
+        kind: [str(folder)] if kind == "adapters" else str(folder),
+        **({} if config.model is None else {"model": config.model}),
+    }
 
 
 def _folder(name: str, *instead: str) -> Path:

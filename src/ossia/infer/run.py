@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,32 +46,33 @@ def load_engine(config: InferConfig) -> Any:
 
 
 def model_of(config: InferConfig, folder: Path) -> Any:
-    """The model in `folder`, with the adapter that the options name."""
+    """The model in `folder`, with the adapters that the options name."""
     from transformers import set_seed
 
     from ossia.adapters.io import load_adapter
     from ossia.adapters.origin import check_origin
     from ossia.model.load import load_model
+    from ossia.train.adapters import one_adapter
 
     quiet_libraries()
-    adapter = check_adapter(config.adapters) if config.adapters else None
-    if adapter:
-        check_origin(adapter, folder)
-    set_seed(config.seed)
     # Decoding one token at a time gains nothing from flex_attention and would compile it for every length.
     attention = "eager" if config.attn_impl == "auto" else config.attn_impl
-    model: Any = load_model(
-        folder, torch_dtype=config.torch_dtype, device=config.device, experts=config.experts, attn_impl=attention
-    )
-    if adapter:
-        model = load_adapter(model, adapter)
-    say(f"model: {folder}" + (f" with {adapter}" if adapter else ""))
+    with one_adapter(config.adapters, config.adapter_weights) if config.adapters else nullcontext() as adapter:
+        if adapter is not None:
+            check_origin(adapter, folder)
+        set_seed(config.seed)
+        model: Any = load_model(
+            folder, torch_dtype=config.torch_dtype, device=config.device, experts=config.experts, attn_impl=attention
+        )
+        if adapter is not None:
+            model = load_adapter(model, adapter)
+    say(f"model: {folder}" + (f" with {' and '.join(config.adapters)}" if config.adapters else ""))
     return model
 
 
 def template_of(config: InferConfig) -> tuple[Path, Template]:
-    """The base model's folder and the template; an adapter's run settles in `config` what was left open of it."""
-    adapter = check_adapter(config.adapters) if config.adapters else None
+    """The base model's folder and the template; the first adapter's run settles in `config` what was left open."""
+    adapter = check_adapter(config.adapters[0]) if config.adapters else None
     if adapter:
         _settings_of_run(config, adapter)
     folder = resolve_model(config.model or base_model_of(adapter))  # type: ignore[arg-type]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import platform
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ossia.adapters.files import base_model_of, check_adapter
 from ossia.adapters.targets import check_targets
 from ossia.compat import quiet_libraries
 from ossia.config import SftConfig
@@ -23,6 +25,7 @@ from ossia.kernels.available import HAS_TRITON
 from ossia.model.folder import read_json, resolve_model, weight_files
 from ossia.model.tokenizer import load_tokenizer
 from ossia.template.options import template_from
+from ossia.train.adapters import one_adapter, take_settings
 from ossia.train.folder import CONFIG, new_run_folder
 from ossia.train.launch import launch, processes_wanted
 from ossia.train.plan import Plan, Sizes, adapter_parameters, make_plan
@@ -61,7 +64,19 @@ def run(config: SftConfig) -> SftResult | None:
         launch(processes)
         return None
     folder = resolve_model(str(config.model))
-    config.model = str(folder)
+    if Path(str(config.model)).is_dir():
+        config.model = str(folder)
+    starts = config.adapters and not config.resume_from_checkpoint
+    with one_adapter(config.adapters, config.adapter_weights) if starts else nullcontext() as adapter:
+        return _run(config, folder, adapter)
+
+
+def _run(config: SftConfig, folder: Path, adapter: Path | None) -> SftResult | None:
+    if adapter is not None:
+        from ossia.adapters.origin import check_origin
+
+        take_settings(config, adapter)
+        check_origin(adapter, folder)
     targets = check_targets(folder, config.target_modules, config.target_experts)
     tokenizer = load_tokenizer(folder)
     template = template_from(tokenizer, config)
@@ -69,11 +84,13 @@ def run(config: SftConfig) -> SftResult | None:
     if config.dry_run:
         say(config.to_yaml().rstrip())
         return None
-    return _train(config, targets, tokenizer, template, rows, held)
+    return _train(config, folder, adapter, targets, tokenizer, template, rows, held)
 
 
 def _check(config: SftConfig) -> None:
     """What can be known to be wrong from the flags and the files' names."""
+    if config.model is None and config.adapters:
+        config.model = base_model_of(check_adapter(config.adapters[0]))
     if config.model is None:
         raise UsageError("give --model DIR, or a hub id such as openai/gpt-oss-20b")
     if not config.dataset:
@@ -109,13 +126,13 @@ def _packed(config: SftConfig, rows: TokenRows) -> PackedRows:
 
 def _plan(
     config: SftConfig,
+    folder: Path,
     targets: tuple[list[str], list[int]],
     rows: TokenRows,
     held: TokenRows | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Plan | None:
-    folder = Path(str(config.model))
     quantized = config.experts != "dequantized" and any(name.endswith("_blocks") for name in weight_files(folder))
     length = (config.packing_length or config.max_length) if config.packing else int(rows.lengths.max())
     held_length = int(held.lengths.max()) if held else 0
@@ -197,6 +214,8 @@ def expandable_memory() -> None:
 
 def _train(
     config: SftConfig,
+    folder: Path,
+    adapter: Path | None,
     targets: tuple[list[str], list[int]],
     tokenizer: Any,
     template: Any,
@@ -210,6 +229,7 @@ def _train(
     from transformers import set_seed
 
     from ossia.adapters.inject import add_lora, base_parameters, coverage_lines
+    from ossia.adapters.io import load_adapter_tensors
     from ossia.model.load import load_model, path_lines, pick_device, pick_dtype
     from ossia.track import Status, make_trackers
     from ossia.train.recompute import apply_plan
@@ -218,12 +238,12 @@ def _train(
     quiet_libraries()
     device = pick_device(config.device)
     dtype = pick_dtype(config.torch_dtype, device)
-    plan = _plan(config, targets, rows, held, device, dtype)
+    plan = _plan(config, folder, targets, rows, held, device, dtype)
     args = training_arguments(config, bool(held), dtype, device, plan)
     state = PartialState(cpu=device.type == "cpu")
     set_seed(config.seed)
     model = load_model(
-        str(config.model),
+        folder,
         torch_dtype=config.torch_dtype,
         device=config.device,
         experts=config.experts,
@@ -241,6 +261,9 @@ def _train(
         target_modules=config.target_modules,
         target_experts=config.target_experts,
     )
+    if adapter is not None:
+        load_adapter_tensors(wrapped, adapter)
+        say(f"going on from {' and '.join(config.adapters)}")
     if plan is not None:
         apply_plan(wrapped, plan, config.lora_dropout > 0)
         for line in path_lines(device, config.lora_dropout > 0):
@@ -265,7 +288,7 @@ def _train(
         say=say,
     )
     args.output_dir = str(run_dir)
-    trainer = _trainer(config, args, wrapped, tokenizer, template, rows, held, trackers)
+    trainer = _trainer(config, folder, args, wrapped, tokenizer, template, rows, held, trackers)
     say(f"run: {run_dir}")
     status: Status = "failed"
     try:
@@ -289,6 +312,7 @@ def _train(
 
 def _trainer(
     config: SftConfig,
+    folder: Path,
     args: TrainingArguments,
     model: Any,
     tokenizer: Any,
@@ -299,6 +323,7 @@ def _trainer(
 ) -> SftTrainer:
     from transformers import PrinterCallback
 
+    from ossia.adapters.origin import fingerprint
     from ossia.data.collate import Collator
     from ossia.train.callbacks import InterruptCallback, LinesCallback, LinkCallback, TrackCallback
     from ossia.train.trainer import SftTrainer
@@ -306,6 +331,7 @@ def _trainer(
     trainer = SftTrainer(
         model,
         base_model=str(config.model),
+        origin=fingerprint(folder),
         args=args,
         train_dataset=_packed(config, rows) if config.packing else rows,
         eval_dataset=held,

@@ -35,10 +35,12 @@ class SftTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model: PeftModel, *, base_model: str, tokenizer: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: PeftModel, *, base_model: str, tokenizer: Any, origin: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(model=model, **kwargs)
         self.tokenizer = tokenizer
-        self.base_model = base_model
+        self.base_model, self.origin = base_model, origin
         # The Trainer would divide once more by the accumulation steps if it believed the loss a mean per batch.
         self.model_accepts_loss_kwargs = True
         self._window = _Window()
@@ -120,7 +122,7 @@ class SftTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:
-            save_adapter(self.accelerator.unwrap_model(self.model), folder, self.base_model)
+            save_adapter(self.accelerator.unwrap_model(self.model), folder, self.base_model, origin=self.origin)
             self.tokenizer.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
