@@ -66,7 +66,8 @@ def model_of(config: InferConfig, folder: Path) -> Any:
         )
         if adapter is not None:
             model = load_adapter(model, adapter)
-    say(f"model: {folder}" + (f" with {' and '.join(config.adapters)}" if config.adapters else ""))
+    named = " and ".join(str(check_adapter(name)) for name in config.adapters)
+    say(f"model: {folder}" + (f" with {named}" if named else ""))
     return model
 
 
