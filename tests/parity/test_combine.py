@@ -106,6 +106,9 @@ def test_through_the_commands(ossia, tiny_gpt_oss, tmp_path):
     assert "- 0.5 × checkpoint-1\n- 2.0 × checkpoint-2\n" in card
     assert "--output_dir" in ossia.fails(2, "export", *two, 1, 1, "--merge_lora", "true")
     assert "1 numbers for 2 --adapters" in ossia.fails(2, "export", *two, 1, *more)
+    assert "goes with --merge_lora true" in ossia.fails(
+        2, "export", *two[:2], "--adapter_weights", 2, "--push_to_hub", "a/b"
+    )
     assert "--adapter_weights got 'half'" in ossia.fails(2, "infer", *two, 1, "half")
 
 
@@ -126,7 +129,7 @@ def test_training_goes_on_from_an_adapter(ossia, tiny_gpt_oss, rows, tmp_path, s
     more = ["--dataset", rows, "--output_dir", run, "--add_version", "false", "--max_steps", 1, "--device", "cpu"]
     model = ["--model", tiny_gpt_oss] if stock else []
     said = ossia.ok("sft", *model, "--adapters", start, *more, "--learning_rate", 1e-12)
-    assert f"going on from {start}" in said
+    assert f"going on from {start} (rank 3, alpha 5)" in said
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (start, run / "checkpoint-1"))
     assert before.keys() == after.keys()
     for name, tensor in before.items():

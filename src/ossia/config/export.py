@@ -72,6 +72,8 @@ class ExportConfig(HubOptions, AdapterOptions, Config):
         self.validate_adapters()
         if len(self.adapters) > 1 and not (self.merge_lora and self.output_dir):
             raise UsageError("several --adapters are merged into one model: give --merge_lora true and --output_dir")
+        if self.adapter_weights and not self.merge_lora:
+            raise UsageError("--adapter_weights goes with --merge_lora true; an adapter is pushed as it is")
         if not self.adapters and (self.merge_lora or not self.pushes or self.model is None):
             raise UsageError("give --adapters RUN/checkpoint-N")
         if not self.merge_lora and not self.pushes:

@@ -263,7 +263,7 @@ def _train(
     )
     if adapter is not None:
         load_adapter_tensors(wrapped, adapter)
-        say(f"going on from {' and '.join(config.adapters)}")
+        say(f"going on from {' and '.join(config.adapters)} (rank {config.lora_rank}, alpha {config.lora_alpha:g})")
     if plan is not None:
         apply_plan(wrapped, plan, config.lora_dropout > 0)
         for line in path_lines(device, config.lora_dropout > 0):
