@@ -320,7 +320,7 @@ def copy_of(folder: Path, to: Path) -> Path:
 
 
 def test_bad_input_is_named_before_a_tensor_is_read(tiny_gpt_oss, tiny_llama, adapter, tmp_path, monkeypatch):
-    from ossia.export import deltas
+    from ossia.adapters import deltas
     from ossia.export import merge as module
 
     for where in (module, deltas):

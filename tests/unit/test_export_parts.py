@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from ossia.adapters.deltas import AdapterDeltas
 from ossia.config import ExportConfig
 from ossia.errors import OssiaError, UsageError
 from ossia.export import tensors as module
-from ossia.export.deltas import AdapterDeltas
 from ossia.export.folder import check_output, write_rest
 from ossia.export.shards import Unit, pack
 from ossia.export.tensors import Spec, Writer, pieces

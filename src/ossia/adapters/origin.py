@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ossia.adapters.deltas import AdapterDeltas
 from ossia.adapters.files import CONFIG, WEIGHTS
 from ossia.errors import OssiaError
 from ossia.kernels.mxfp4 import BLOCK, dequantize
@@ -47,7 +48,15 @@ def origin_of(adapter: Path) -> str | None:
 
 
 def check_origin(adapter: Path, base: Path) -> None:
-    """OssiaError where the adapter says that it was trained on other weights than those in `base`."""
+    """OssiaError where an adapter's shapes are not those of `base`, or it was trained on other weights. Reads headers,
+    and some MB for the fingerprint."""
+    deltas, stored = AdapterDeltas(adapter), find_tensors(by_file(weight_files(base)))
+    for name in {_whole(name) for name in stored}:
+        if name.endswith(PROJECTIONS):
+            deltas.experts(name, _expert_shape(stored, name))
+        else:
+            deltas.linear(name, stored[name].shape)
+    deltas.check_all_used(base)
     origin = origin_of(adapter)
     if origin is not None and origin != fingerprint(base):
         named = read_json(adapter / CONFIG).get("base_model_name_or_path")
@@ -61,6 +70,14 @@ def _whole(name: str) -> str:
     """A projection's name for its blocks and scales."""
     stem, _, half = name.rpartition("_")
     return stem if half in ("blocks", "scales") and stem.endswith(PROJECTIONS) else name
+
+
+def _expert_shape(stored: dict[str, Stored], name: str) -> tuple[int, ...]:
+    """[E, I, O]."""
+    if name in stored:
+        return stored[name].shape
+    experts, outputs, groups = stored[f"{name}_scales"].shape
+    return experts, groups * BLOCK, outputs
 
 
 def _first_values(stored: Stored) -> torch.Tensor:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ossia.adapters.deltas import AdapterDeltas, Delta
 from ossia.adapters.files import CONFIG, WEIGHTS
 from ossia.adapters.origin import check_origin
 from ossia.console import progress, say
 from ossia.errors import OssiaError, UsageError
 from ossia.export.calibrate import Calibration, Given
-from ossia.export.deltas import AdapterDeltas, Delta
 from ossia.export.folder import INDEX, REPORT, check_output, write_json, write_rest
 from ossia.export.shards import Part, Rounding, Shard, Unit, pack
 from ossia.export.tensors import Spec, pieces
