@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +24,7 @@ class InferConfig(TemplateOptions, AdapterOptions, ModelOptions, Config):
     }
 
     stream: bool = opt(True, "print the reply as it comes", group="generate")
+    markdown: bool | None = opt(None, "render the answer; default: on a terminal, never elsewhere", group="generate")
     temperature: float = opt(1.0, "0: always the likeliest token", group="generate")
     top_p: float = opt(1.0, "share of probability that sampling draws from", group="generate")
     max_new_tokens: int = opt(2048, "tokens a reply may have", group="generate")
@@ -33,13 +35,15 @@ class InferConfig(TemplateOptions, AdapterOptions, ModelOptions, Config):
     max_batch_size: int = opt(8, "rows answered at a time", group="batch")
 
     def validate(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UsageError(f"--temperature is {self.temperature}; it must be 0 or more")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top_p is {self.top_p}; it must be in (0, 1]")
         for name in ("max_new_tokens", "max_batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed is {self.seed}; it must be in [0, 2^32)")
         self.validate_adapters()
         if self.model is None and not self.adapters:
             raise UsageError("give --model DIR, or --adapters RUN/checkpoint-N")

@@ -53,7 +53,7 @@ def _answer(engine: Engine, rows: list[Conversation], sampling: Sampling, out: T
             "response": reply.content,
             "labels": label,
             "logprobs": None,
-            "messages": [*map(_plain, messages), answer],
+            "messages": [*map(plain_message, messages), answer],
             "reasoning": reply.thinking or None,
             "finish_reason": "stop" if reply.finished else "length",
         }
@@ -69,7 +69,8 @@ def _question(row: Conversation) -> tuple[list[Message], str | None]:
     return row.messages, None
 
 
-def _plain(message: Message) -> dict[str, Any]:
+def plain_message(message: Message) -> dict[str, Any]:
+    """A message as rows have it, without its reasoning."""
     plain: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.name:
         plain["name"] = message.name

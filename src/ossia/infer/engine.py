@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from ossia.errors import UsageError
 from ossia.template.base import Template
 
 
@@ -54,6 +57,12 @@ class Engine:
                 streamer=_TokenStreamer(on_token) if on_token else None,
             )
         return [self._trim(row) for row in output[:, length:].tolist()]
+
+    def without_adapter(self) -> AbstractContextManager[Any]:
+        """A context in which the base model alone answers; UsageError where there is no adapter."""
+        if not isinstance(self.model, PeftModel):
+            raise UsageError("there is no adapter; ossia infer --adapters RUN/checkpoint-N talks to one")
+        return self.model.disable_adapter()
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
         stop = self.template.stop_ids
