@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ossia.adapters.files import CONFIG, WEIGHTS, read_settings
+from ossia.adapters.files import CONFIG, WEIGHTS, read_settings, read_weights
 from ossia.adapters.targets import named_targets
 from ossia.errors import OssiaError
 from ossia.model.folder import read_json
@@ -25,8 +25,6 @@ def combine(folders: Sequence[Path], weights: Sequence[float], output: Path) -> 
         OssiaError: damaged files, adapters of different bases, or one that is more than LoRA on whole modules.
     """
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     from ossia.adapters.origin import KEY, origin_of
     from ossia.compat import save_tensors
@@ -38,12 +36,7 @@ def combine(folders: Sequence[Path], weights: Sequence[float], output: Path) -> 
     settings = [read_settings(folder) for folder in folders]
     for folder, setting in zip(folders, settings, strict=True):
         named_targets(setting, folder)
-    held = []
-    for folder in folders:
-        try:
-            held.append(load_file(folder / WEIGHTS))
-        except (SafetensorError, OSError) as error:
-            raise OssiaError(f"{folder / WEIGHTS}: damaged or cut short ({error})") from error
+    held = [read_weights(folder) for folder in folders]
     tensors: dict[str, torch.Tensor] = {}
     modules = sorted({name.removesuffix(".lora_A.weight") for each in held for name in each if ".lora_A." in name})
     for module in modules:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ossia.adapters.files import WEIGHTS, read_settings
 from ossia.errors import OssiaError
+from ossia.kernels.mxfp4 import BLOCK
 from ossia.model.names import PROJECTIONS
 from ossia.model.stream import Stored, read_header, read_rows
 
@@ -107,6 +108,15 @@ class AdapterDeltas:
                 f"{self.folder}: adapter of another base model; {len(self.left)} of its tensors have no weight in "
                 f"{base}, first {min(self.left)}; give --model with its own base"
             )
+
+
+def expert_shape(dense: Stored | None, scales: Stored | None) -> tuple[int, ...]:
+    """[E, I, O] of an expert projection, stored whole or as MXFP4 with these scales."""
+    if dense is not None:
+        return dense.shape
+    assert scales is not None
+    experts, outputs, groups = scales.shape
+    return experts, groups * BLOCK, outputs
 
 
 def _both(shapes: tuple[tuple[int, ...], ...]) -> str:

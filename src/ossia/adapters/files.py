@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ossia.errors import OssiaError, UsageError
 from ossia.model.folder import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NOT_DONE = ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora", "lora_bias", "modules_to_save")
@@ -65,6 +69,17 @@ def check_adapter(name: str) -> Path:
             hint = f"; its checkpoints are {', '.join(near)}" if near else ""
             raise UsageError(f"--adapters {name}: no {file} in this folder, so it is not an adapter{hint}")
     return folder
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """An adapter's tensors, on the CPU; OssiaError where the file is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise OssiaError(f"{folder / WEIGHTS}: damaged or cut short ({error})") from error
 
 
 def base_model_of(adapter: Path) -> str:

@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ossia.adapters.experts import ExpertsLora
-from ossia.adapters.files import CONFIG, WEIGHTS, LoraSettings, read_settings
+from ossia.adapters.files import CONFIG, WEIGHTS, LoraSettings, read_settings, read_weights
 from ossia.adapters.inject import inject
 from ossia.adapters.origin import KEY, fingerprint
 from ossia.adapters.targets import Targets
@@ -91,10 +89,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
 
 def load_adapter_tensors(model: PeftModel, folder: Path, adapter: str = "default") -> None:
     """Fill the adapters of `model` from disk; OssiaError names what is missing, extra or misshapen."""
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise OssiaError(f"{folder / WEIGHTS}: damaged or cut short ({error})") from error
+    tensors = read_weights(folder)
     wanted = adapter_tensors(model, adapter)
     if set(tensors) != set(wanted):
         names = sorted(set(tensors) ^ set(wanted))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ossia.adapters.deltas import AdapterDeltas
+from ossia.adapters.deltas import AdapterDeltas, expert_shape
 from ossia.adapters.files import CONFIG, WEIGHTS
 from ossia.errors import OssiaError
 from ossia.kernels.mxfp4 import BLOCK, dequantize
@@ -53,7 +53,7 @@ def check_origin(adapter: Path, base: Path) -> None:
     deltas, stored = AdapterDeltas(adapter), find_tensors(by_file(weight_files(base)))
     for name in {_whole(name) for name in stored}:
         if name.endswith(PROJECTIONS):
-            deltas.experts(name, _expert_shape(stored, name))
+            deltas.experts(name, expert_shape(stored.get(name), stored.get(f"{name}_scales")))
         else:
             deltas.linear(name, stored[name].shape)
     deltas.check_all_used(base)
@@ -70,14 +70,6 @@ def _whole(name: str) -> str:
     """A projection's name for its blocks and scales."""
     stem, _, half = name.rpartition("_")
     return stem if half in ("blocks", "scales") and stem.endswith(PROJECTIONS) else name
-
-
-def _expert_shape(stored: dict[str, Stored], name: str) -> tuple[int, ...]:
-    """[E, I, O]."""
-    if name in stored:
-        return stored[name].shape
-    experts, outputs, groups = stored[f"{name}_scales"].shape
-    return experts, groups * BLOCK, outputs
 
 
 def _first_values(stored: Stored) -> torch.Tensor:

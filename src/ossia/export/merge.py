@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ossia.adapters.deltas import AdapterDeltas, Delta
+from ossia.adapters.deltas import AdapterDeltas, Delta, expert_shape
 from ossia.adapters.files import CONFIG, WEIGHTS
 from ossia.adapters.origin import check_origin
 from ossia.console import progress, say
@@ -127,7 +127,6 @@ def merged_units(
     _check_stored(base, stored, dtype)
     deltas = AdapterDeltas(adapter)
     units = list(_Merge(stored, deltas, dtype, calibration, device or torch.device("cpu")).units())
-    deltas.check_all_used(base)
     check_origin(adapter, base)
     return units
 
@@ -152,11 +151,7 @@ class _Experts:
     @property
     def shape(self) -> tuple[int, ...]:
         """E, I, O."""
-        if self.dense is not None:
-            return self.dense.shape
-        assert self.scales is not None
-        experts, outputs, groups = self.scales.shape
-        return experts, groups * BLOCK, outputs
+        return expert_shape(self.dense, self.scales)
 
     def read(self, first: int, last: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Some experts, float32 [E, O, I], and the blocks and scales that they are, if that is how they are stored."""
