@@ -64,6 +64,10 @@ def test_flags_without_meaning_here_are_said_and_the_run_goes_on(ossia, tiny_gpt
 def test_metrics_and_options_of_the_run(run, ossia, tmp_path):
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(isinstance(value, int | float) for row in metrics for value in row.values())
+    assert metrics[-1]["progress"] == 1
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert ">finished<" in page
+    assert "12 samples" in page
     (run / "again.yaml").write_bytes((run / "config.yaml").read_bytes())
     out = ossia.ok("sft", "--config", run / "again.yaml", "--dry_run", "true")
     assert "lora_rank: 8" in out

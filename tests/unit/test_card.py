@@ -33,8 +33,8 @@ def checkpoint(tmp_path):
     )
     config.save(run / "config.yaml")
     rows = [{"step": n, "loss": 2.0 / n, "learning_rate": 1e-4} for n in (1, 2, 3)]
-    rows += [{"step": 3, "eval_loss": 0.9}, {"step": 2, "loss": None}]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
+    rows += [{"step": 3, "eval_loss": 0.9}, {"step": 4, "loss": None}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "lo')
     return folder
 
 

@@ -60,6 +60,9 @@ class Fake:
     def text(self, name: str, value: str, step: int) -> None:
         self._do("text", name, value, step)
 
+    def page(self, name: str, path: Path, step: int) -> None:
+        self._do("page", name, path, step)
+
     def finish(self, status: str) -> None:
         self._do("finish", status)
 
@@ -252,13 +255,13 @@ def test_names() -> None:
         check_names(["none", "swanlab"])
 
 
-def test_none_means_jsonl_only_and_other_ranks_write_nothing(tmp_path: Path) -> None:
+def test_none_means_files_only_and_other_ranks_write_nothing(tmp_path: Path) -> None:
     lines: list[str] = []
     for report_to, folder in ((["none"], tmp_path / "rank0"), (None, tmp_path / "rank1")):
         trackers = make_trackers(report_to, say=lines.append, run_dir=folder, project="p", name="n")
         trackers.log({"loss": 1.0}, 1)
         trackers.finish("finished")
-    assert [path.name for path in (tmp_path / "rank0").iterdir()] == ["metrics.jsonl"]
+    assert {path.name for path in (tmp_path / "rank0").iterdir()} == {"metrics.jsonl", "report.html", "run.json"}
     assert not (tmp_path / "rank1").exists()
     assert lines == []
 

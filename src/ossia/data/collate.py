@@ -14,7 +14,8 @@ from ossia.data.store import TokenRow
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows, or sequences of packed rows, to a batch: ids and labels int64, loss weights float32, each [B, S].
+    """Rows, or sequences of packed rows, to a batch: ids and labels int64, loss weights float32, channels uint8 (places
+    in `store.CHANNELS`), each [B, S].
 
     Rows are padded on the right to the longest; `attention_mask` int64 [B, S] tells. Padding has weight 0.
 
@@ -68,12 +69,15 @@ class _Sequences:
         self.input_ids = np.full((count, length), pad_id, np.int64)
         self.labels = self.input_ids.copy()
         self.loss_weights = np.zeros((count, length), np.float32)
+        self.channels = np.zeros((count, length), np.uint8)
 
     def put(self, index: int, start: int, row: TokenRow) -> None:
         place = slice(start, start + len(row))
         self.input_ids[index, place] = row.input_ids
         self.labels[index, place] = row.labels
         self.loss_weights[index, place] = row.loss_weights
+        if row.channels is not None:
+            self.channels[index, place] = row.channels
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: torch.from_numpy(value) for name, value in vars(self).items()}

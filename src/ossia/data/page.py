@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from ossia.config.data import DataCommand
 from ossia.data.report import Report, histogram
 from ossia.data.tokens import pieces
 from ossia.template.messages import Conversation, Rendered
+from ossia.web import render
 
 _MOST_TOKENS = 4000
 _BINS = 40
@@ -67,21 +66,11 @@ def write_page(
     checks: Sequence[Check] = (),
 ) -> None:
     """Write rows, and with a report its figures. Text of rows is escaped; the page may run its own script only."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("ossia.data", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = environment.get_template("page.js.jinja").render().strip()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     special = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
-    page = environment.get_template("page.html.jinja").render(
-        script=script,
-        script_hash=digest,
+    page = render(
+        "ossia.data",
+        "page.html.jinja",
+        "page.js.jinja",
         model=config.model,
         options=config,
         report=report,

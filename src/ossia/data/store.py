@@ -16,12 +16,17 @@ from ossia.data.near import BANDS
 from ossia.errors import OssiaError
 from ossia.template.messages import Rendered
 
+CHANNELS = ("prompt", "analysis", "commentary", "final", "text")
+"""What a token may belong to; `prompt` is all that no channel holds."""
+
+_CODES = {"": 0, **{name: code for code, name in enumerate(CHANNELS)}}
 _SCHEMA = pa.schema(
     [
         ("source", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),  # null where they are the input_ids
         ("loss_weights", pa.list_(pa.float32())),
+        ("channels", pa.list_(pa.uint8())),  # places in CHANNELS
         ("near", pa.list_(pa.uint64(), BANDS)),  # null unless a split needs it
     ]
 )
@@ -29,11 +34,13 @@ _SCHEMA = pa.schema(
 
 @dataclass(slots=True)
 class TokenRow:
-    """One training row: int32 ids and labels, float32 loss weights, of one length (see `Rendered`)."""
+    """One training row: int32 ids and labels, float32 loss weights, of one length (see `Rendered`); uint8 places in
+    CHANNELS, None where nobody knows."""
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     loss_weights: NDArray[np.float32]
+    channels: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -48,7 +55,9 @@ class Batch:
     def add(self, source: str, rendered: Rendered, near: NDArray[np.uint64] | None) -> None:
         """Take one row."""
         same = rendered.labels == rendered.input_ids
-        values = (source, rendered.input_ids, None if same else rendered.labels, rendered.loss_weights, near)
+        channels = [_CODES[name] for name in rendered.channels]
+        labels = None if same else rendered.labels
+        values = (source, rendered.input_ids, labels, rendered.loss_weights, channels, near)
         for column, value in zip(self.columns.values(), values, strict=True):
             column.append(value)
 
@@ -125,7 +134,22 @@ class TokenRows(Sequence[TokenRow]):
         place -= int(self._starts[chunk])
         ids = self._values("input_ids", chunk, place)
         labels = self._values("labels", chunk, place)
-        return TokenRow(ids, labels if len(labels) else ids, self._values("loss_weights", chunk, place))
+        rest = (self._values(name, chunk, place) for name in ("loss_weights", "channels"))
+        return TokenRow(ids, labels if len(labels) else ids, *rest)
+
+    def by_channel(self) -> dict[str, tuple[int, int]]:
+        """Tokens of each channel, and how many of them carry loss."""
+        tokens, trained = np.zeros((2, len(CHANNELS)), np.int64)
+        kept = None if self._order is None else np.bincount(self._order, minlength=int(self._starts[-1]))
+        for number, chunk in enumerate(self._table.column("channels").chunks):
+            codes = chunk.flatten().to_numpy()
+            weights = self._table.column("loss_weights").chunk(number).flatten().to_numpy()
+            if kept is not None:
+                times = np.repeat(kept[self._starts[number] : self._starts[number + 1]], np.diff(chunk.offsets))
+                codes, weights = np.repeat(codes, times), np.repeat(weights, times)
+            tokens += np.bincount(codes, minlength=len(CHANNELS))
+            trained += np.bincount(codes[weights > 0], minlength=len(CHANNELS))
+        return {name: (int(tokens[i]), int(trained[i])) for i, name in enumerate(CHANNELS) if tokens[i]}
 
     def _place(self, index: int) -> int:
         index = range(len(self))[index]

@@ -14,6 +14,7 @@ from ossia.adapters.files import CONFIG as ADAPTER_CONFIG
 from ossia.config import SftConfig
 from ossia.model.folder import HUB_ID, read_json
 from ossia.track.jsonl import METRICS
+from ossia.track.series import MetricsReader, points
 from ossia.train.folder import options_of, run_of
 
 CARD, CURVE = "README.md", "loss.svg"
@@ -125,19 +126,15 @@ def _words(value: Any) -> list[str]:
 
 
 def _losses(file: Path) -> dict[str, list[tuple[int, float]]]:
-    """`loss` and `eval_loss` by step."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    if not file.is_file():
-        return found
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the last line of a killed run
-        for name in ("loss", "eval_loss"):
-            if isinstance(row.get(name), int | float):
-                found.setdefault(name, []).append((int(row["step"]), float(row[name])))
-    return found
+    """`loss` and `eval_loss` by step, thinned to what the picture can show."""
+    reader = MetricsReader(file)
+    reader.update()
+    curves = {name: points(reader.series[name], _WIDTH) for name in ("loss", "eval_loss") if name in reader.series}
+    return {
+        name: known
+        for name, curve in curves.items()
+        if (known := [(int(x or 0), y) for x, y in zip(curve["x"], curve["y"], strict=True) if y is not None])
+    }
 
 
 def _curve(losses: dict[str, list[tuple[int, float]]]) -> str:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: always `metrics.jsonl`, and the trackers named by `--report_to`.
+"""Where a run's numbers go: always `metrics.jsonl` and `report.html`, and the trackers named by `--report_to`.
 
 `make_trackers` starts them, `Trackers` feeds them; one that cannot start or fails later is dropped with one line.
 A new tracker is one file with the four methods of `base.Tracker` and one entry in `make_trackers`.
@@ -13,6 +13,7 @@ from typing import Any
 from ossia.errors import UsageError, nearest
 from ossia.track.base import RunInfo, Say, Status, Tracker, Trackers
 from ossia.track.jsonl import JsonlTracker, read_metrics
+from ossia.track.report import ReportTracker
 
 __all__ = [
     "TRACKERS",
@@ -48,6 +49,7 @@ def make_trackers(
     config: dict[str, Any] | None = None,
     environment: dict[str, Any] | None = None,
     tags: Sequence[str] = (),
+    data: dict[str, Any] | None = None,
     swanlab_mode: Any = None,
     swanlab_workspace: str | None = None,
     swanlab_logdir: Path | None = None,
@@ -61,7 +63,7 @@ def make_trackers(
         from ossia.track.swanlab import SwanLabTracker
 
         threaded.append(SwanLabTracker(mode=swanlab_mode, workspace=swanlab_workspace, logdir=swanlab_logdir))
-    trackers = Trackers([JsonlTracker()], threaded, say=say)
+    trackers = Trackers([JsonlTracker(), ReportTracker()], threaded, say=say)
     trackers.start(
         RunInfo(
             run_dir=Path(run_dir),
@@ -70,6 +72,7 @@ def make_trackers(
             config=_without_secrets(config or {}),
             environment=_without_secrets(environment or {}),
             tags=tuple(tags),
+            data=data or {},
         )
     )
     return trackers

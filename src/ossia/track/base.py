@@ -34,6 +34,7 @@ class RunInfo:
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 class Tracker(Protocol):
@@ -51,6 +52,10 @@ class Tracker(Protocol):
 
     def text(self, name: str, value: str, step: int) -> None:
         """A piece of text, such as a sample answer."""
+        ...
+
+    def page(self, name: str, path: Path, step: int) -> None:
+        """An HTML file, such as the report; nothing where the tracker shows none."""
         ...
 
     def finish(self, status: Status) -> None:
@@ -125,6 +130,10 @@ class Trackers:
         for tracker in list(self._direct):
             self._call_direct(tracker, lambda t: t.text(name, value, step))
         self._put(lambda t: t.text(name, value, step))
+
+    def page(self, name: str, path: Path, step: int) -> None:
+        """An HTML file, such as the report, for those that show one."""
+        self._put(lambda t: t.page(name, path, step))
 
     def finish(self, status: Status) -> None:
         """Flush and close all, waiting at most `finish_limit`. A second call does nothing."""

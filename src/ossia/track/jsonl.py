@@ -45,6 +45,9 @@ class JsonlTracker:
     def text(self, name: str, value: str, step: int) -> None:
         """Text isn't kept here: this file holds numbers."""
 
+    def page(self, name: str, path: Path, step: int) -> None:
+        """Nor are pages."""
+
     def finish(self, status: Status) -> None:
         if self._file is not None:
             self._file.close()

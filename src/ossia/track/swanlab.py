@@ -102,6 +102,9 @@ class SwanLabTracker:
     def text(self, name: str, value: str, step: int) -> None:
         self._send({"text": value, "name": name, "step": step})
 
+    def page(self, name: str, path: Path, step: int) -> None:
+        """SwanLab shows no HTML."""
+
     def finish(self, status: Status) -> None:
         if self._child is None or self._child.stdin is None:
             return

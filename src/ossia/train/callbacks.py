@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ossia.console import say
 from ossia.track import Trackers
+from ossia.track.report import duration
 from ossia.train.folder import point
 
 _RENAMED = {"train_runtime": "train_seconds", "eval_runtime": "eval_seconds"}
@@ -33,7 +34,8 @@ class TrackCallback(TrainerCallback):
         numbers = {
             _RENAMED.get(k, k): float(v) for k, v in logs.items() if k not in _DROPPED and isinstance(v, int | float)
         }
-        self.trackers.log({**numbers, "epoch": float(state.epoch or 0)}, state.global_step)
+        place = {"epoch": float(state.epoch or 0), "progress": state.global_step / max(state.max_steps, 1)}
+        self.trackers.log({**numbers, **place}, state.global_step)
 
 
 class LinesCallback(TrainerCallback):
@@ -55,13 +57,16 @@ class LinesCallback(TrainerCallback):
                 f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  accuracy "
                 f"{logs['token_accuracy']:.3f}  rate {logs['learning_rate']:.2e}  "
                 f"{logs['tokens_per_second']:,.0f} tokens/s  "
-                f"{logs['memory_gb']:.1f} GB  {_duration(left)} left"
+                f"{logs['memory_gb']:.1f} GB  {duration(left)} left"
             )
         elif "eval_loss" in logs:
             say(
                 f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}  accuracy "
                 f"{logs['eval_token_accuracy']:.3f}"
             )
+
+    def close(self) -> None:
+        """Nothing to put away, unlike a panel."""
 
 
 class LinkCallback(TrainerCallback):
@@ -105,9 +110,3 @@ class InterruptCallback(TrainerCallback):
     def _interrupt(self, number: int, frame: Any) -> None:
         self.asked = True
         raise KeyboardInterrupt
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -20,6 +20,7 @@ from ossia.data.packing import PackedRows
 from ossia.data.prepare import prepare, split
 from ossia.data.sources import find_datasets
 from ossia.data.store import TokenRows
+from ossia.data.summary import summary
 from ossia.errors import OssiaError, UsageError
 from ossia.kernels.available import HAS_TRITON
 from ossia.model.folder import read_json, resolve_model, weight_files
@@ -32,7 +33,7 @@ from ossia.train.plan import Plan, Sizes, adapter_parameters, make_plan
 
 if TYPE_CHECKING:
     import torch
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
     from ossia.train.trainer import SftTrainer
 
@@ -232,6 +233,8 @@ def _train(
     from ossia.adapters.io import load_adapter_tensors
     from ossia.model.load import load_model, path_lines, pick_device, pick_dtype
     from ossia.track import Status, make_trackers
+    from ossia.train.callbacks import LinesCallback, TrackCallback
+    from ossia.train.panel import PanelCallback, on_terminal
     from ossia.train.recompute import apply_plan
     from ossia.train.trainer import check_packing
 
@@ -285,10 +288,13 @@ def _train(
         name=config.swanlab_exp_name or run_dir.name,
         swanlab_mode=config.swanlab_mode,
         swanlab_workspace=config.swanlab_workspace,
+        data=_summaries(rows, held) if state.is_main_process else None,
         say=say,
     )
     args.output_dir = str(run_dir)
-    trainer = _trainer(config, folder, args, wrapped, tokenizer, template, rows, held, trackers)
+    shown = PanelCallback() if on_terminal() else LinesCallback()
+    watch = [_insight(folder, rows, device, state.num_processes), shown, TrackCallback(trackers)]
+    trainer = _trainer(config, folder, args, wrapped, tokenizer, template, rows, held, watch)
     say(f"run: {run_dir}")
     status: Status = "failed"
     try:
@@ -303,6 +309,7 @@ def _train(
     except torch.OutOfMemoryError as error:
         raise OssiaError(_out_of_memory(config, error, plan)) from error
     finally:
+        shown.close()
         trackers.finish(status)
     if plan is not None:
         peak = torch.cuda.max_memory_allocated(device)
@@ -319,13 +326,13 @@ def _trainer(
     template: Any,
     rows: TokenRows,
     held: TokenRows | None,
-    trackers: Any,
+    watch: list[Any],
 ) -> SftTrainer:
     from transformers import PrinterCallback
 
     from ossia.adapters.origin import fingerprint
     from ossia.data.collate import Collator
-    from ossia.train.callbacks import InterruptCallback, LinesCallback, LinkCallback, TrackCallback
+    from ossia.train.callbacks import InterruptCallback, LinkCallback
     from ossia.train.trainer import SftTrainer
 
     trainer = SftTrainer(
@@ -339,13 +346,28 @@ def _trainer(
         tokenizer=tokenizer,
         callbacks=[
             InterruptCallback(),
-            LinesCallback(),
-            TrackCallback(trackers),
+            *watch,
             LinkCallback(Path(str(args.output_dir))),
         ],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _summaries(rows: TokenRows, held: TokenRows | None) -> dict[str, Any]:
+    return {name: summary(part) for name, part in (("training data", rows), ("held-out data", held)) if part}
+
+
+def _insight(folder: Path, rows: TokenRows, device: torch.device, processes: int) -> TrainerCallback:
+    import torch
+
+    from ossia.train.insight import InsightCallback
+    from ossia.train.rate import flops_per_token, peak_flops
+
+    lengths = rows.lengths.astype("float64")
+    work = flops_per_token(read_json(folder / "config.json"), float((lengths**2).sum() / lengths.sum()))
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return InsightCallback(work, peak and peak * processes)
 
 
 def training_arguments(

@@ -22,7 +22,7 @@ from ossia.model.loss import loss_from_logits
 
 # What only our model takes. Others see packed documents by their position_ids; given bounds too, some of transformers'
 # attentions would read them for keys that have none.
-_OURS = ("labels", "loss_weights", "cu_seq_lens_q", "max_length_q")
+_OURS = ("labels", "loss_weights", "channels", "cu_seq_lens_q", "max_length_q")
 
 
 class SftTrainer(Trainer):
@@ -135,7 +135,8 @@ class SftTrainer(Trainer):
 def sums_of(model: nn.Module, inputs: dict[str, Any], label_smoothing: float = 0.0) -> LossOutput:
     """Summed loss and right guesses of a batch, from our model's fused loss or any other's logits."""
     if isinstance(_base(model), OssiaGptOssForCausalLM):
-        return model(**inputs, label_smoothing=label_smoothing)
+        known = {name: value for name, value in inputs.items() if name != "channels"}
+        return model(**known, label_smoothing=label_smoothing)
     rest = {name: value for name, value in inputs.items() if name not in _OURS}
     logits = model(**rest, use_cache=False).logits
     return loss_from_logits(logits, inputs["labels"], inputs["loss_weights"], label_smoothing)

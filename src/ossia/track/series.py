@@ -1,0 +1,142 @@
+"""A metrics.jsonl as curves: read as it grows, and thinned for the eye."""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_PIECE = 1 << 22
+
+
+@dataclass
+class Series:
+    """One metric: rising steps, unix seconds and values of one length; NaN where the value was not finite."""
+
+    steps: array[float] = field(default_factory=lambda: array("d"))
+    times: array[float] = field(default_factory=lambda: array("d"))
+    values: array[float] = field(default_factory=lambda: array("d"))
+
+    def add(self, step: float, time: float, value: float) -> None:
+        """A later value. Of a run that went on from an earlier checkpoint, what came after it there is forgotten."""
+        while self.steps and self.steps[-1] >= step:
+            for column in (self.steps, self.times, self.values):
+                column.pop()
+        self.steps.append(step)
+        self.times.append(time)
+        self.values.append(value)
+
+    @property
+    def last(self) -> float:
+        """The newest finite value; NaN where there is none."""
+        return next((value for value in reversed(self.values) if math.isfinite(value)), math.nan)
+
+
+class MetricsReader:
+    """The series of a metrics.jsonl. `update` reads on where it stopped, whole lines only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.series: dict[str, Series] = {}
+        self.step = 0
+        self.first_time = self.last_time = math.nan
+        self._offset = 0
+
+    def update(self) -> bool:
+        """Whether there was anything new. A file that became shorter is read anew; one that is gone is empty."""
+        try:
+            with self.path.open("rb") as file:
+                if file.seek(0, 2) < self._offset:
+                    self.__init__(self.path)  # type: ignore[misc]
+                file.seek(self._offset)
+                before = self._offset
+                while piece := file.read(_PIECE):
+                    end = piece.rfind(b"\n") + 1
+                    if not end:
+                        break
+                    for line in piece[:end].splitlines():
+                        self._add(line)
+                    self._offset += end
+                    file.seek(self._offset)
+        except FileNotFoundError:
+            return False
+        return self._offset > before
+
+    def _add(self, line: bytes) -> None:
+        row = parse(line)
+        if row is None:
+            return
+        step, time = row.pop("step"), row.pop("time", math.nan)
+        self.step = int(step)
+        self.last_time = time
+        if math.isnan(self.first_time):
+            self.first_time = time
+        for name, value in row.items():
+            if value is None or isinstance(value, int | float):
+                series = self.series.get(name)
+                if series is None:
+                    series = self.series[name] = Series()
+                series.add(step, time, math.nan if value is None else value)
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """A line of a metrics.jsonl; None where it is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def thin(values: NDArray[np.float64], most: int) -> NDArray[np.int64]:
+    """Places of at most about `most` values that look as all do: of each stretch its lowest, its highest and its first
+    NaN, and the two ends."""
+    count = len(values)
+    if count <= most:
+        return np.arange(count)
+    edges = np.linspace(0, count, max(most // 2, 1) + 1).astype(np.int64)
+    starts = edges[:-1]
+    missing = np.isnan(values)
+    place = np.repeat(np.arange(len(starts)), np.diff(edges))
+    kept = [np.array([0, count - 1])]
+    for fill, order in ((np.inf, 1.0), (np.inf, -1.0)):
+        # Sorted by stretch, then value: the first of each stretch is its lowest (highest).
+        key = np.where(missing, fill, order * values)
+        best = np.lexsort((key, place))[starts]
+        kept.append(best[~missing[best]])
+    first = np.flatnonzero(missing)
+    kept.append(first[np.unique(place[first], return_index=True)[1]])
+    return np.unique(np.concatenate(kept))
+
+
+def points(
+    series: Series, most: int, zero: float | None = None, window: tuple[float, float] | None = None
+) -> dict[str, list[float | None]]:
+    """A curve for a page: `x` and `y`, null where y is NaN.
+
+    Args:
+        series: the metric.
+        most: points wanted, about.
+        zero: unix seconds from which x counts seconds; None: x is the step.
+        window: only x in between, and one more at each side.
+    """
+    x = np.array(series.steps) if zero is None else np.array(series.times) - zero
+    y = np.array(series.values)
+    if window is not None:
+        part = slice(max(int(np.searchsorted(x, window[0])) - 1, 0), int(np.searchsorted(x, window[1], "right")) + 1)
+        x, y = x[part], y[part]
+    kept = thin(y, most)
+    return {"x": [_short(v, 9) for v in x[kept]], "y": [_short(v, 6) for v in y[kept]]}
+
+
+def _short(value: float, digits: int) -> float | None:
+    if not math.isfinite(value):
+        return None
+    number = float(f"{value:.{digits}g}")
+    return int(number) if number.is_integer() else number
