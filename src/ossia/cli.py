@@ -39,6 +39,7 @@ COMMANDS = {
         "ossia.config:StatsConfig", "ossia.data.check:stats", "lengths, languages, trained tokens, packing"
     ),
     "sft": Command("ossia.config:SftConfig", "ossia.train.run:run", "fine-tune with LoRA"),
+    "board": Command("ossia.config:BoardConfig", "ossia.board.run:run", "a local page over all runs in a folder"),
     "infer": Command(
         "ossia.config:InferConfig", "ossia.infer.run:run", "talk to a model, or answer the rows of a file"
     ),

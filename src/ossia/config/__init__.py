@@ -2,6 +2,7 @@
 
 from ossia.config.base import Config
 from ossia.config.bench import BenchConfig
+from ossia.config.board import BoardConfig
 from ossia.config.data import CheckConfig, PreviewConfig, StatsConfig
 from ossia.config.demo import DemoConfig
 from ossia.config.export import ExportConfig
@@ -11,6 +12,7 @@ from ossia.config.verify import VerifyConfig
 
 __all__ = [
     "BenchConfig",
+    "BoardConfig",
     "CheckConfig",
     "Config",
     "DemoConfig",
