@@ -455,6 +455,6 @@ def test_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else find(name, *a))
     lines, _ = say_of(SwanLabTracker(), tmp_path)
     assert lines == [
-        f'SwanLab not started: the package {missing} is not installed: pip install "ossia[swanlab]"; '
+        f"SwanLab not started: the package {missing} is not installed: pip install 'ossia[swanlab]'; "
         "the run goes on without it"
     ]

@@ -101,10 +101,14 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
 
     output_dir: str = opt("output", "parent of the run's folder", group="track")
     add_version: bool = opt(True, "make output_dir/vN-<time>/; false: write into output_dir itself", group="track")
-    report_to: list[str] = opt(["none"], "trackers besides metrics.jsonl: swanlab", group="track")
-    swanlab_project: str = opt("ossia", "SwanLab project", group="track")
+    report_to: list[str] = opt(
+        ["none"], "trackers besides metrics.jsonl and report.html: swanlab, trackio, tensorboard, wandb", group="track"
+    )
+    run_name: str | None = opt(None, "name for people and trackers; default: the folder's", group="track")
+    run_tags: list[str] = opt([], "tags of the run", group="track")
+    swanlab_project: str = opt("ossia", "project, for every tracker", group="track")
     swanlab_workspace: str | None = opt(None, "SwanLab workspace (cloud)", group="track")
-    swanlab_exp_name: str | None = opt(None, "SwanLab experiment name; default: the run folder's name", group="track")
+    swanlab_exp_name: str | None = opt(None, "same as --run_name, for SwanLab alone", group="track")
     swanlab_mode: str | None = opt(
         None,
         "default: cloud when SWANLAB_API_KEY is set, else local",

@@ -67,7 +67,7 @@ class Trackers:
     """Several trackers as one. No method raises because of a tracker or waits for one longer than the limits.
 
     `direct` trackers are called in the caller's thread and get every value; `threaded` ones never get a value that
-    isn't finite. Limits are in seconds.
+    isn't finite, and get the `page` at the end, once direct ones have written it. Limits are in seconds.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class Trackers:
         threaded: Sequence[Tracker] = (),
         *,
         say: Say,
+        page: Path | None = None,
         start_limit: float = START_LIMIT_S,
         stall_limit: float = STALL_LIMIT_S,
         finish_limit: float = FINISH_LIMIT_S,
@@ -84,6 +85,8 @@ class Trackers:
         self._direct = list(direct)
         self._workers = [_Worker(tracker, queue_points) for tracker in threaded]
         self._say = say
+        self._page = page
+        self._step = 0
         self._start_limit = start_limit
         self._stall_limit = stall_limit
         self._finish_limit = finish_limit
@@ -114,6 +117,7 @@ class Trackers:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Metrics of one optimizer step."""
+        self._step = step
         for tracker in list(self._direct):
             self._call_direct(tracker, lambda t: t.log(metrics, step))
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -131,16 +135,15 @@ class Trackers:
             self._call_direct(tracker, lambda t: t.text(name, value, step))
         self._put(lambda t: t.text(name, value, step))
 
-    def page(self, name: str, path: Path, step: int) -> None:
-        """An HTML file, such as the report, for those that show one."""
-        self._put(lambda t: t.page(name, path, step))
-
     def finish(self, status: Status) -> None:
         """Flush and close all, waiting at most `finish_limit`. A second call does nothing."""
         self._over = True
         for tracker in list(self._direct):
             self._call_direct(tracker, lambda t: t.finish(status))
         self._direct = []
+        if (page := self._page) is not None and page.is_file():
+            self._page = None
+            self._put(lambda t: t.page("report", page, self._step))
         self._put(lambda t: t.finish(status), last=True)
         deadline = time.monotonic() + self._finish_limit
         for worker in list(self._workers):
