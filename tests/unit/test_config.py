@@ -32,8 +32,8 @@ def test_flags_of_sft_are_pinned():
         "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
         "lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 "
         "adam_epsilon max_grad_norm label_smoothing_factor optim gradient_checkpointing memory_budget dataloader_num_workers logging_steps "
-        "per_device_eval_batch_size eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit "
-        "resume_from_checkpoint output_dir add_version report_to swanlab_project swanlab_workspace swanlab_exp_name "
+        "per_device_eval_batch_size eval_strategy eval_steps eval_on_start sample_prompts log_expert_load save_strategy save_steps save_total_limit "
+        "resume_from_checkpoint output_dir add_version report_to run_name run_tags swanlab_project swanlab_workspace swanlab_exp_name "
         "swanlab_mode deepspeed use_liger_kernel bf16 fp16 dry_run"
     )
 

@@ -94,6 +94,10 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
     )
     eval_steps: int = opt(50, "optimizer steps between evaluations", group="eval")
     eval_on_start: bool = opt(False, "evaluate once before training", group="eval")
+    sample_prompts: int = opt(
+        2, "held-out prompts answered at the start by the base, at each evaluation by the tuned model", group="eval"
+    )
+    log_expert_load: bool = opt(True, "log how many tokens each expert gets, and the drift from the base", group="eval")
     save_strategy: str = opt("steps", "when to save a checkpoint", group="eval", choices=["no", "steps", "epoch"])
     save_steps: int = opt(50, "optimizer steps between checkpoints", group="eval")
     save_total_limit: int | None = opt(None, "checkpoints kept; the best one is never deleted", group="eval")
@@ -144,6 +148,8 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.sample_prompts < 0:
+            raise UsageError(f"--sample_prompts is {self.sample_prompts}; it must be 0 or more")
         if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
             raise UsageError(f"--dataset_num_proc is {self.dataset_num_proc}; it must be at least 1")
         if self.packing_length is not None and not self.packing:

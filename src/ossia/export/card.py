@@ -23,10 +23,10 @@ _MARKS = re.compile(r"(<!-- verification -->\n).*?(<!-- /verification -->)", re.
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 640, 240, 48, 24
 # Where files lay, who watched and what the machine was: no part of what the weights became.
 _PRIVATE = """
-    model adapters dataset val_dataset output_dir add_version report_to swanlab_project swanlab_exp_name swanlab_mode
-    swanlab_workspace resume_from_checkpoint load_from_cache_file dataset_num_proc dataloader_num_workers device
-    dry_run logging_steps save_strategy save_steps save_total_limit eval_steps eval_strategy eval_on_start
-    per_device_eval_batch_size memory_budget
+    model adapters dataset val_dataset output_dir add_version report_to run_name run_tags sample_prompts
+    log_expert_load swanlab_project swanlab_exp_name swanlab_mode swanlab_workspace resume_from_checkpoint
+    load_from_cache_file dataset_num_proc dataloader_num_workers device dry_run logging_steps save_strategy
+    save_steps save_total_limit eval_steps eval_strategy eval_on_start per_device_eval_batch_size memory_budget
 """
 _ALWAYS = ("learning_rate", "lora_rank", "lora_alpha", "per_device_train_batch_size", "max_length", "seed")
 

@@ -27,14 +27,54 @@ _MASKS = ("full_attention", "sliding_attention")
 
 @dataclass
 class LossOutput(ModelOutput):
-    """Sums over the batch's trained positions, float32 scalars: divide `loss` by a weight to get a mean."""
+    """Sums over the batch's trained positions, float32 scalars: divide `loss` by a weight to get a mean.
+
+    `losses` [B, S] are the terms of `loss`, without gradient: at t what predicting the label of t+1 costs.
+    """
 
     loss: Tensor | None = None
     correct: Tensor | None = None
+    losses: Tensor | None = None
+
+
+class ExpertLoad:
+    """How many tokens each expert of each layer is given: counted on the device, one small kernel a layer, while
+    `counting` is set. Padding is left out where a batch's mask tells of it; rows that a recomputed layer sees twice
+    count twice, so only shares within a layer mean something.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        routers = [module for module in model.modules() if isinstance(module, Router)]
+        first = routers[0]
+        shape = (len(routers), first.weight.shape[0], first.top_k)
+        self.counts_LEK = torch.zeros(shape, dtype=torch.int64, device=first.weight.device)
+        self.counting = False
+        self.real_T1: Tensor | None = None
+        self._one = torch.ones((1, 1), dtype=torch.int64, device=first.weight.device)
+        for layer, router in enumerate(routers):
+            router.load, router.layer = self, layer
+        for module in model.modules():
+            if isinstance(module, OssiaGptOssForCausalLM):
+                module.load = self
+
+    def count(self, layer: int, index_TK: Tensor) -> None:
+        """Add a layer's choices."""
+        real_T1 = self._one if self.real_T1 is None else self.real_T1
+        self.counts_LEK[layer].scatter_add_(0, index_TK, real_T1.expand(index_TK.shape))
+
+    def take(self) -> Tensor:
+        """Each expert's share of its layer's tokens times the experts, float32 [L, E] on the host: 1 is an even share.
+        Counting begins anew."""
+        counts_LE = self.counts_LEK.sum(-1).float()
+        self.counts_LEK.zero_()
+        return (counts_LE / counts_LE.mean(1, keepdim=True).clamp_min(1e-9)).cpu()
 
 
 class Router(nn.Module):
     """Chooses each token's experts: the highest logits, weighted by a softmax over those alone. Always float32."""
+
+    load: ExpertLoad | None = None
+    layer = 0
 
     def __init__(self, config: GptOssConfig) -> None:
         super().__init__()
@@ -45,7 +85,10 @@ class Router(nn.Module):
 
     def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Experts' numbers and weights, [T, K] each, and `hidden_TH` for the experts."""
-        return route(hidden_TH, self.weight, self.bias, self.top_k)
+        index_TK, weight_TK, hidden_TH = route(hidden_TH, self.weight, self.bias, self.top_k)
+        if self.load is not None and self.load.counting:
+            self.load.count(self.layer, index_TK)
+        return index_TK, weight_TK, hidden_TH
 
 
 class MoE(nn.Module):
@@ -114,6 +157,8 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
     loss_chunk = 1024
     """Positions whose logits exist at a time in the loss."""
 
+    load: ExpertLoad | None = None
+
     def __init__(self, config: GptOssConfig, quantized: bool = False) -> None:
         super().__init__(config)
         model = self.model
@@ -137,6 +182,9 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
         mask (`cu_seq_lens_q` and `max_length_q` say the same to attention on the GPU).
         """
         trains = loss_weights is not None and labels is not None
+        if self.load is not None:
+            mask = kwargs.get("attention_mask")
+            self.load.real_T1 = mask.reshape(-1, 1) if trains and isinstance(mask, Tensor) else None
         if trains and self.config._attn_implementation == attention.NAME:
             # Causal attention never looks right, so padding there needs no mask.
             kwargs["attention_mask"] = dict.fromkeys(_MASKS)
@@ -151,7 +199,8 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
             return super().forward(input_ids=input_ids, labels=labels, **kwargs)
         hidden = self.model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
         head_VH, options = self.lm_head.weight, (self.loss_chunk, label_smoothing)
-        return LossOutput(*shifted_loss(hidden, head_VH, labels, loss_weights, *options))
+        losses = torch.zeros(labels.shape, device=hidden.device)
+        return LossOutput(*shifted_loss(hidden, head_VH, labels, loss_weights, *options, losses), losses)
 
     def _needs_no_mask(
         self,
@@ -198,9 +247,12 @@ def shifted_loss(
     loss_weights: Tensor,
     chunk: int = 1024,
     label_smoothing: float = 0.0,
+    losses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss and right guesses where position t predicts label t+1. hidden [B, S, H], the others [B, S]."""
+    """Summed loss and right guesses where position t predicts label t+1. hidden [B, S, H], the others [B, S]; `losses`
+    are filled where given."""
     # The last position of a row predicts nothing: weight 0 instead of a copy of all others.
     label, weight = (F.pad(x[:, 1:], (0, 1)).flatten() for x in (labels, loss_weights))
     flat_TH = hidden.flatten(0, 1)
-    return linear_cross_entropy(flat_TH, head_VH.to(flat_TH.dtype), label, weight, chunk, label_smoothing)
+    flat_losses = None if losses is None else losses.view(-1)
+    return linear_cross_entropy(flat_TH, head_VH.to(flat_TH.dtype), label, weight, chunk, label_smoothing, flat_losses)

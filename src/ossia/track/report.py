@@ -42,7 +42,7 @@ CHARTS = (
     ChartOf("Token accuracy", ("token_accuracy", "eval_token_accuracy")),
     ChartOf("Share of the card's peak rate", ("peak_rate_share",)),
     ChartOf("Loss by channel", ("loss/", "eval_loss/")),
-    ChartOf("Share of the loss by channel", ("loss_share/",)),
+    ChartOf("Share of trained tokens by channel", ("weight_share/",)),
     ChartOf("Gradient norm by part", ("grad_norm/",)),
     ChartOf("Trained tokens seen", ("trained_tokens",)),
     ChartOf("Expert load", ("expert_load/",)),

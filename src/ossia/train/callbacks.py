@@ -41,6 +41,9 @@ class TrackCallback(TrainerCallback):
 class LinesCallback(TrainerCallback):
     """One line per log, with what is left."""
 
+    sample: tuple[str, str] | None = None
+    """The last sample answer, which a panel shows."""
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerCallback, TrainingArguments
 
+    from ossia.track import Trackers
     from ossia.train.trainer import SftTrainer
 
 
@@ -295,7 +296,8 @@ def _train(
     )
     args.output_dir = str(run_dir)
     shown = PanelCallback() if on_terminal() else LinesCallback()
-    watch = [_insight(folder, rows, device, state.num_processes), shown, TrackCallback(trackers)]
+    watch = _insight(config, folder, args, wrapped, tokenizer, template, rows, held, trackers, shown)
+    watch += [shown, TrackCallback(trackers)]
     trainer = _trainer(config, folder, args, wrapped, tokenizer, template, rows, held, watch)
     say(f"run: {run_dir}")
     status: Status = "failed"
@@ -360,16 +362,38 @@ def _summaries(rows: TokenRows, held: TokenRows | None) -> dict[str, Any]:
     return {name: summary(part) for name, part in (("training data", rows), ("held-out data", held)) if part}
 
 
-def _insight(folder: Path, rows: TokenRows, device: torch.device, processes: int) -> TrainerCallback:
+def _insight(
+    config: SftConfig,
+    folder: Path,
+    args: TrainingArguments,
+    model: Any,
+    tokenizer: Any,
+    template: Any,
+    rows: TokenRows,
+    held: TokenRows | None,
+    trackers: Trackers,
+    shown: Any,
+) -> list[TrainerCallback]:
+    """What looks at training from beside it; these come before those that read logs."""
     import torch
 
-    from ossia.train.insight import InsightCallback
+    from ossia.train import insight
     from ossia.train.rate import flops_per_token, peak_flops
 
+    found: list[TrainerCallback] = [insight.GradientCallback()]
     lengths = rows.lengths.astype("float64")
     work = flops_per_token(read_json(folder / "config.json"), float((lengths**2).sum() / lengths.sum()))
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return InsightCallback(work, peak and peak * processes)
+    peak = peak_flops(torch.cuda.get_device_name(args.device)) if args.device.type == "cuda" else None
+    if work and peak:
+        found.append(insight.RateCallback(work, peak * args.world_size))
+    run_dir, whole = Path(str(args.output_dir)), not (args.fsdp or args.deepspeed)
+    if config.log_expert_load and whole and insight.has_experts(model):
+        size = config.per_device_eval_batch_size
+        found.append(insight.ExpertCallback(run_dir, model, held or rows, template.pad_id, size, trackers))
+    if config.sample_prompts and whole and held:
+        prompts = (held, config.sample_prompts)
+        found.append(insight.SampleCallback(run_dir, *prompts, template, tokenizer, trackers, shown))
+    return found
 
 
 def training_arguments(

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from ossia.adapters.io import load_adapter_tensors, save_adapter
 from ossia.data.collate import tokens_of
+from ossia.data.store import CHANNELS
 from ossia.errors import UsageError
 from ossia.model.gpt_oss import LossOutput, OssiaGptOssForCausalLM
 from ossia.model.loss import loss_from_logits
@@ -23,6 +24,9 @@ from ossia.model.loss import loss_from_logits
 # What only our model takes. Others see packed documents by their position_ids; given bounds too, some of transformers'
 # attentions would read them for keys that have none.
 _OURS = ("labels", "loss_weights", "channels", "cu_seq_lens_q", "max_length_q")
+
+
+_TRAINED = "trained_tokens"
 
 
 class SftTrainer(Trainer):
@@ -76,7 +80,7 @@ class SftTrainer(Trainer):
         total = weight.sum() if num_items_in_batch is None else num_items_in_batch
         loss = sums.loss / total * self.args.world_size
         if model.training:
-            self._window.add(sums, weight, tokens_of(inputs))
+            self._window.add(sums, weight, inputs["channels"], tokens_of(inputs))
         return (loss, sums) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -95,23 +99,29 @@ class SftTrainer(Trainer):
             sums = sums_of(model, inputs)
         assert sums.loss is not None
         weight = inputs["loss_weights"][:, 1:]
-        self._eval.add(sums, weight)
+        self._eval.add(sums, weight, inputs["channels"])
         return (sums.loss / weight.sum().clamp_min(1e-9)).detach(), None, None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's; what callbacks do at an evaluation isn't training either."""
+        with self._window.paused(self.args.device):
+            return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, with `loss` the mean over all the set's token weights."""
         self._eval = _Sums()
         prefix = kwargs.get("metric_key_prefix", "eval")
-        with self._window.paused(self.args.device):
-            output = super().evaluation_loop(*args, **kwargs)
-        loss, weight, correct, count = self.accelerator.reduce(self._eval.tensor(self.args.device)).tolist()
+        output = super().evaluation_loop(*args, **kwargs)
+        (loss, weight, correct, count), channels = _split(self.accelerator.reduce(self._eval.tensor(self.args.device)))
         metrics = {f"{prefix}_loss": loss / weight, f"{prefix}_token_accuracy": correct / count}
+        metrics |= {f"{prefix}_loss/{name}": part / of for name, (part, of) in channels.items()}
         return output._replace(metrics=metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with accuracy, rate and memory beside each training loss."""
         if "loss" in logs:
             logs |= self._window.metrics(self.args.device, self.accelerator)
+            logs[_TRAINED] += next((e[_TRAINED] for e in reversed(self.state.log_history) if _TRAINED in e), 0)
             self._window = _Window()
         super().log(logs, None)
 
@@ -168,19 +178,35 @@ def _base(model: nn.Module) -> nn.Module:
 
 
 class _Sums:
-    """Loss, weight, right guesses and guesses, summed on the device: no wait for it at every step."""
+    """Loss, weight, right guesses and guesses, then loss and weight by channel, summed on the device: no wait for it at
+    every step."""
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
 
-    def add(self, sums: LossOutput, weight: Tensor) -> None:
+    def add(self, sums: LossOutput, weight: Tensor, channels: Tensor) -> None:
         assert sums.loss is not None
         assert sums.correct is not None
+        assert sums.losses is not None
         parts = (sums.loss.detach(), weight.sum(), sums.correct, (weight > 0).sum())
-        self.parts.append(torch.stack([part.double() for part in parts]))
+        channel = channels[:, 1:].flatten().long()
+        by_channel = torch.zeros(2, len(CHANNELS), dtype=torch.float64, device=weight.device)
+        by_channel[0].index_add_(0, channel, sums.losses[:, :-1].flatten().double())
+        by_channel[1].index_add_(0, channel, weight.flatten().double())
+        self.parts.append(torch.cat([torch.stack([part.double() for part in parts]), by_channel.flatten()]))
 
     def tensor(self, device: torch.device) -> Tensor:
-        return torch.stack(self.parts).sum(0).to(device) if self.parts else torch.zeros(4, device=device).double()
+        if self.parts:
+            return torch.stack(self.parts).sum(0).to(device)
+        return torch.zeros(4 + 2 * len(CHANNELS), device=device).double()
+
+
+def _split(sums: Tensor) -> tuple[list[float], dict[str, tuple[float, float]]]:
+    """The four sums, and (loss, weight) of each channel that has weight."""
+    values = sums.tolist()
+    losses, weights = values[4 : 4 + len(CHANNELS)], values[4 + len(CHANNELS) : 4 + 2 * len(CHANNELS)]
+    both = zip(CHANNELS, zip(losses, weights, strict=True), strict=True)
+    return values[:4], {name: (loss, weight) for name, (loss, weight) in both if weight > 0}
 
 
 class _Window(_Sums):
@@ -205,18 +231,22 @@ class _Window(_Sums):
         if self.started is not None:
             self.started += time.perf_counter() - began
 
-    def add(self, sums: LossOutput, weight: Tensor, tokens: Tensor | int = 0) -> None:
-        super().add(sums, weight)
+    def add(self, sums: LossOutput, weight: Tensor, channels: Tensor, tokens: Tensor | int = 0) -> None:
+        super().add(sums, weight, channels)
         self.tokens.append(tokens)
 
     def metrics(self, device: torch.device, accelerator: Any) -> dict[str, float]:
         tokens = torch.as_tensor(sum(self.tokens), device=device).double()
-        values = accelerator.reduce(torch.cat([self.tensor(device), tokens[None]])).tolist()
+        sums = accelerator.reduce(torch.cat([self.tensor(device), tokens[None]]))
+        (_, weight, correct, count), channels = _split(sums)
         seconds = time.perf_counter() - self.started if self.started else 0.0
         return {
-            "token_accuracy": round(values[2] / max(values[3], 1), 5),
-            "tokens_per_second": round(values[4] / max(seconds, 1e-9), 1),
+            "token_accuracy": round(correct / max(count, 1), 5),
+            "tokens_per_second": round(float(sums[-1]) / max(seconds, 1e-9), 1),
             "memory_gb": round(_peak_bytes(device) / 1e9, 3),
+            _TRAINED: int(count),
+            **{f"loss/{name}": round(loss / of, 5) for name, (loss, of) in channels.items()},
+            **{f"weight_share/{name}": round(of / weight, 5) for name, (_, of) in channels.items()},
         }
 
 

@@ -48,6 +48,7 @@ def linear_cross_entropy(
     chunk: int = 1024,
     label_smoothing: float = 0.0,
     step: Step = step,
+    losses_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of losses (float32, differentiable in `hidden_TH`) and count of right guesses (float32).
 
@@ -59,12 +60,13 @@ def linear_cross_entropy(
         chunk: positions whose logits exist at a time.
         label_smoothing: share of the loss that is the mean over all tokens, in [0, 1].
         step: what is made of a chunk's logits.
+        losses_T: float32, filled with each position's weighted loss where it is above weight 0.
     """
     kept_N = weights_T.nonzero()[:, 0]
     trained = (kept_N, labels_T[kept_N], weights_T[kept_N].float())
     # Asked here: inside, autograd tells of `requires_grad` but not of `no_grad`.
     gradient = torch.is_grad_enabled() and hidden_TH.requires_grad
-    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, *trained, chunk, label_smoothing, step, gradient)
+    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, *trained, chunk, label_smoothing, step, gradient, losses_T)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -80,6 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         step: Step,
         gradient: bool,
+        losses_T: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         count = len(kept_N)
         loss_N, right_N = torch.empty_like(weights_N), torch.empty_like(weights_N)
@@ -97,6 +100,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.length = hidden_TH.shape[0]
         if grad_NH is not None:
             ctx.save_for_backward(kept_N, grad_NH)
+        if losses_T is not None:
+            losses_T[kept_N] = loss_N
         loss, correct = loss_N.sum(), right_N.sum()
         ctx.mark_non_differentiable(correct)
         return loss, correct
@@ -106,4 +111,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kept_N, grad_NH = ctx.saved_tensors
         grad_TH = grad_NH.new_zeros(ctx.length, grad_NH.shape[1])
         grad_TH.index_copy_(0, kept_N, (grad_NH * grads[0]).to(grad_NH.dtype))
-        return grad_TH, *[None] * 8
+        return grad_TH, *[None] * 9

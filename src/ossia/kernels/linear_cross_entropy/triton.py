@@ -111,6 +111,8 @@ def linear_cross_entropy(
     weights_T: Tensor,
     chunk: int = 1024,
     label_smoothing: float = 0.0,
+    losses_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.linear_cross_entropy`, which it is but for the step."""
-    return reference.linear_cross_entropy(hidden_TH, weight_VH, labels_T, weights_T, chunk, label_smoothing, step)
+    inputs = (hidden_TH, weight_VH, labels_T, weights_T, chunk, label_smoothing)
+    return reference.linear_cross_entropy(*inputs, step=step, losses_T=losses_T)
