@@ -163,7 +163,7 @@ def _finish(
     say()
     say(f"held-out loss {losses[0]:.3f} → {losses[-1]:.3f} ({losses[0] / losses[-1]:.1f} times lower)")
     say(f"training took {train_seconds:.0f} s, everything {seconds:.0f} s")
-    say(f"run folder    {result.run_dir}   (config.yaml, metrics.jsonl, checkpoint-N, last, best)")
+    say(f"run folder    {result.run_dir}   (report.html, config.yaml, metrics.jsonl, checkpoint-N, last, best)")
     say(f"merged model  {merged}")
     if "swanlab" in config.report_to:
         say(f"charts        {tool('swanlab')} watch {result.run_dir / 'swanlog'}")

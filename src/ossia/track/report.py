@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ossia.config import SftConfig
 from ossia.config.base import read_yaml
 from ossia.errors import UsageError
@@ -122,7 +124,7 @@ def write_report(run: Path, reader: MetricsReader | None = None) -> Path:
         cards=_cards(reader, facts),
         progress=reader.series["progress"].last if "progress" in series else None,
         step=reader.step,
-        missing=[name for name, one in series.items() if any(map(math.isnan, one.values))],
+        missing=[name for name, one in series.items() if np.isnan(one.values).any()],
         charts=[chart["title"] for chart in charts],
         experts=experts,
         samples=_samples(run / SAMPLES),

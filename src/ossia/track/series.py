@@ -100,19 +100,21 @@ def thin(values: NDArray[np.float64], most: int) -> NDArray[np.int64]:
     count = len(values)
     if count <= most:
         return np.arange(count)
-    edges = np.linspace(0, count, max(most // 2, 1) + 1).astype(np.int64)
-    starts = edges[:-1]
+    starts = np.linspace(0, count, max(most // 2, 1), endpoint=False).astype(np.int64)
+    place = np.repeat(np.arange(len(starts)), np.diff([*starts, count]))
     missing = np.isnan(values)
-    place = np.repeat(np.arange(len(starts)), np.diff(edges))
-    kept = [np.array([0, count - 1])]
-    for fill, order in ((np.inf, 1.0), (np.inf, -1.0)):
-        # Sorted by stretch, then value: the first of each stretch is its lowest (highest).
-        key = np.where(missing, fill, order * values)
-        best = np.lexsort((key, place))[starts]
-        kept.append(best[~missing[best]])
-    first = np.flatnonzero(missing)
-    kept.append(first[np.unique(place[first], return_index=True)[1]])
+    kept = [np.array([0, count - 1]), _first_of_each(missing, place)]
+    for order in (1.0, -1.0):
+        key = np.where(missing, np.inf, order * values)
+        lowest = np.minimum.reduceat(key, starts)[place]
+        kept.append(_first_of_each((key == lowest) & ~missing, place))
     return np.unique(np.concatenate(kept))
+
+
+def _first_of_each(chosen: NDArray[np.bool_], place: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of each stretch the first chosen value's place."""
+    at = np.flatnonzero(chosen)
+    return at[np.unique(place[at], return_index=True)[1]]
 
 
 def points(

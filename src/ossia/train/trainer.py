@@ -189,10 +189,10 @@ class _Sums:
         assert sums.correct is not None
         assert sums.losses is not None
         parts = (sums.loss.detach(), weight.sum(), sums.correct, (weight > 0).sum())
-        channel = channels[:, 1:].flatten().long()
-        by_channel = torch.zeros(2, len(CHANNELS), dtype=torch.float64, device=weight.device)
-        by_channel[0].index_add_(0, channel, sums.losses[:, :-1].flatten().double())
-        by_channel[1].index_add_(0, channel, weight.flatten().double())
+        codes = torch.arange(len(CHANNELS), device=weight.device)
+        belongs_TC = (channels[:, 1:].flatten()[:, None] == codes).double()
+        both_2T = torch.stack([sums.losses[:, :-1].flatten(), weight.flatten()]).double()
+        by_channel = both_2T @ belongs_TC
         self.parts.append(torch.cat([torch.stack([part.double() for part in parts]), by_channel.flatten()]))
 
     def tensor(self, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 from typing import Any
@@ -17,18 +18,23 @@ def render(package: str, template: str, script: str, **values: Any) -> str:
         script: what the page runs.
         values: for both templates.
     """
+    environment = _environment(package)
+    code = environment.get_template(script).render(**values).strip()
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    return environment.get_template(template).render(script=code, script_hash=digest, **values)
+
+
+@functools.cache
+def _environment(package: str) -> Any:
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader("ossia.web", ".")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    code = environment.get_template(script).render(**values).strip()
-    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    return environment.get_template(template).render(script=code, script_hash=digest, **values)
 
 
 def to_json(value: Any) -> str:
