@@ -116,6 +116,7 @@ def _sft_config(config: DemoConfig, base: Path, files: dict[str, Path]) -> SftCo
         logging_steps=5,
         eval_steps=21,
         eval_on_start=True,
+        sample_prompts=1,
         save_steps=21,
         save_total_limit=2,
         output_dir=config.output_dir,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -138,8 +139,12 @@ def write_report(run: Path, reader: MetricsReader | None = None) -> Path:
 
 def names_of(chart: ChartOf, found: Any) -> list[str]:
     """The metrics that a chart shows, of those found."""
-    wanted = tuple(name for name in chart.names if name.endswith("/"))
-    return [name for name in found if name in chart.names or (wanted and name.startswith(wanted))]
+    return [
+        name
+        for wanted in chart.names
+        for name in found
+        if name == wanted or (wanted.endswith("/") and name.startswith(wanted))
+    ]
 
 
 def duration(seconds: float) -> str:
@@ -192,8 +197,13 @@ def _config(run: Path) -> dict[str, Any]:
 
 def _changed(config: dict[str, Any]) -> list[tuple[str, str]]:
     """Options that differ from their default."""
-    default = SftConfig().to_dict()
+    default = _defaults()
     return [(name, _text(value)) for name, value in config.items() if value != default.get(name)]
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return SftConfig().to_dict()
 
 
 def _text(value: Any) -> str:
