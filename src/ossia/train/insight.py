@@ -108,7 +108,7 @@ class ExpertCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            with model.disable_adapter():
+            with _stops_no_run("drift of experts", self.batches), model.disable_adapter():
                 self.base_LE = self._measure(model, args)
 
     def on_step_begin(
@@ -139,15 +139,18 @@ class ExpertCallback(TrainerCallback):
         self._compare(args, state, model)
 
     def _compare(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
-        if self.base_LE is None or self._step == state.global_step:
+        if self.base_LE is None or not self.batches or self._step == state.global_step:
             return
         self._step = state.global_step
-        load_LE = self._measure(model, args)
+        with _stops_no_run("drift of experts", self.batches):
+            self._write(state.global_step, self._measure(model, args), self.base_LE)
+
+    def _write(self, step: int, load_LE: Tensor, base_LE: Tensor) -> None:
         # Half the sum of differences of shares: the part of a layer's choices that went elsewhere.
-        drift = round(float((load_LE - self.base_LE).abs().mean() / 2), 5)
-        self.trackers.log({"expert_load/drift": drift}, state.global_step)
-        found: dict[str, Any] = {"step": state.global_step, "layers": [*range(len(load_LE))]}
-        for name, part_LE in (("load", load_LE), ("base", self.base_LE)):
+        drift = round(float((load_LE - base_LE).abs().mean() / 2), 5)
+        self.trackers.log({"expert_load/drift": drift}, step)
+        found: dict[str, Any] = {"step": step, "layers": [*range(len(load_LE))]}
+        for name, part_LE in (("load", load_LE), ("base", base_LE)):
             found[name] = [[round(value, 4) for value in row] for row in part_LE.tolist()]
         aside = self.file.with_name(f".{self.file.name}.part")
         aside.write_text(json.dumps(found), encoding="utf-8")
@@ -156,11 +159,13 @@ class ExpertCallback(TrainerCallback):
     def _measure(self, model: Any, args: TrainingArguments) -> Tensor:
         before = self.load.counts_LEK.clone()
         self.load.counts_LEK.zero_()
-        self.load.counting = True
-        with _quietly(model, args):
-            for batch in self.batches:
-                model(**{name: tensor.to(args.device) for name, tensor in batch.items() if name != "channels"})
-        self.load.counting = False
+        try:
+            self.load.counting = True
+            with _quietly(model, args):
+                for batch in self.batches:
+                    model(**{name: tensor.to(args.device) for name, tensor in batch.items() if name != "channels"})
+        finally:
+            self.load.counting = False
         load_LE = self.load.take()
         self.load.counts_LEK.copy_(before)
         return load_LE
@@ -204,14 +209,9 @@ class SampleCallback(TrainerCallback):
         if not state.is_world_process_zero or (state.global_step == self._step and not base):
             return
         self._step = state.global_step
-        try:
-            with _quietly(model, args):
-                for number, (ids, prompt, label) in enumerate(self.prompts, start=1):
-                    self._keep(number, state.global_step, base, prompt, label, self._answer(model, ids, args))
-        except Exception as error:  # noqa: BLE001  a sample must not stop a run
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            say(f"no more sample answers: {reason}")
-            self.prompts = []
+        with _stops_no_run("sample answers", self.prompts), _quietly(model, args):
+            for number, (ids, prompt, label) in enumerate(self.prompts, start=1):
+                self._keep(number, state.global_step, base, prompt, label, self._answer(model, ids, args))
 
     def _answer(self, model: Any, ids: list[int], args: TrainingArguments) -> list[int]:
         prompt = torch.tensor([ids], device=args.device)
@@ -265,6 +265,16 @@ def _probe(rows: Sequence[TokenRow], pad_id: int, batch_size: int) -> list[dict[
         chosen.append(row)
     collate = Collator(pad_id)
     return [collate(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
+
+
+@contextlib.contextmanager
+def _stops_no_run(what: str, needed: list[Any]) -> Iterator[None]:
+    """An error inside is one line, and the last of `what`: all that it needs is forgotten."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  a look at the run must not stop it
+        say(f"no more {what}: {' '.join(str(error).split())[:200] or type(error).__name__}")
+        needed.clear()
 
 
 @contextlib.contextmanager
