@@ -8,18 +8,15 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ossia.kernels import expert_mlp
 from ossia.kernels.available import HAS_TRITON
-from ossia.kernels.expert_mlp import Frozen, Memory
+from ossia.kernels.expert_mlp import Adapter, Frozen, Memory
 from ossia.model.names import PROJECTIONS, Projection
-
-if TYPE_CHECKING:
-    from ossia.kernels.expert_mlp.fused import Adapter
 
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 """Where a configuration has none."""
