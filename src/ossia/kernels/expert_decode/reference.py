@@ -35,8 +35,8 @@ def expert_decode(
         adapters: of both projections, in hidden's dtype.
         scale: of the adapters.
     """
-    deltas = [functools.partial(_delta, adapter, scale) for adapter in adapters or ()] or [None, None]
-    out_TH = expert_mlp.reference(hidden_TH, index_TK, weight_TK, gate_up, down, alpha, limit, *deltas)
+    first, second = (functools.partial(_delta, adapter, scale) for adapter in adapters) if adapters else (None, None)
+    out_TH = expert_mlp.reference(hidden_TH, index_TK, weight_TK, gate_up, down, alpha, limit, first, second)
     return residual_TH + out_TH
 
 

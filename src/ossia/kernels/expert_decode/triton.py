@@ -1,8 +1,8 @@
 """Experts of few tokens on Triton, their blocks expanded in registers.
 
-T tokens, K experts a token, S = T·K rows sorted by expert, E experts, I inputs, O outputs, r rank, R2 r up to a power of
-two that a product takes. A program multiplies ROWS rows of one expert with COLS of its outputs. Of a row of x two
-values are read as one integer, as two codes come in one byte: one product takes the even inputs, one the odd.
+T tokens, K experts a token, S = T·K rows sorted by expert, E experts, I inputs, O outputs, r rank, R2 r rounded up to
+what a product takes. A program multiplies ROWS rows of one expert with COLS of its outputs. Two values of a row of x
+are read as one integer, as two codes are one byte: one product takes the even inputs, one the odd.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ossia.kernels.expert_mlp import Adapter, Frozen
-from ossia.kernels.expert_mlp.triton import _block_of, _dot_width, _pairs, combine, sort_by_expert
 from ossia.kernels.expert_mlp.reference import Order
+from ossia.kernels.expert_mlp.triton import _block_of, _dot_width, _pairs, combine, sort_by_expert
 from ossia.kernels.sizes import ceil_div, power_of_two
 
 _ROWS = 16

@@ -1,4 +1,7 @@
-"""A projection for all experts of a layer: its frozen weight, and an adapter of it. E experts, I inputs, O outputs, r rank, R tail."""
+"""A projection for all experts of a layer: its frozen weight, and an adapter of it.
+
+E experts, I inputs, O outputs, r rank, R tail.
+"""
 
 from __future__ import annotations
 

@@ -45,9 +45,7 @@ def append(
     return turned[:, :-kv_heads]
 
 
-def attend(
-    q_BND: Tensor, pages: Pages, place_B: Tensor, position_B: Tensor, sinks_N: Tensor, scale: float
-) -> Tensor:
+def attend(q_BND: Tensor, pages: Pages, place_B: Tensor, position_B: Tensor, sinks_N: Tensor, scale: float) -> Tensor:
     """[B, N, D] in q's dtype; the softmax is float32, or float64 for float64 inputs. As long as the longest sequence.
 
     Args:

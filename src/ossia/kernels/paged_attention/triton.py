@@ -147,22 +147,21 @@ def _combine(sums, tops, totals, sinks, out, N: tl.constexpr, D: tl.constexpr, S
     tl.store(out + entry * D + column, value.to(out.dtype.element_ty))
 
 
-def attend(
-    q_BND: Tensor, pages: Pages, place_B: Tensor, position_B: Tensor, sinks_N: Tensor, scale: float
-) -> Tensor:
+def attend(q_BND: Tensor, pages: Pages, place_B: Tensor, position_B: Tensor, sinks_N: Tensor, scale: float) -> Tensor:
     """As `reference.attend`; q contiguous, D a power of two from 16 on, pages of 16 positions or a multiple of 64."""
-    _, kv_heads, size, head = pages.k.shape
+    _, kv_heads, rows, head = pages.k.shape
     batch, heads, _ = q_BND.shape
     splits = _splits(batch * kv_heads, pages)
     out_BND = torch.empty_like(q_BND)
-    few = {"dtype": torch.float32, "device": q_BND.device}
     count = batch * heads * splits if splits > 1 else 0
-    sums, tops, totals = torch.empty(count * head, **few), torch.empty(count, **few), torch.empty(count, **few)
+    sums, tops, totals = (
+        torch.empty(size, dtype=torch.float32, device=q_BND.device) for size in (count * head, count, count)
+    )
     _attend[(batch, kv_heads, splits)](
         q_BND, pages.k, pages.v, pages.table, place_B, position_B, sinks_N, out_BND, sums, tops, totals,
         pages.table.shape[1], scale * math.log2(math.e),
-        N=heads, M=kv_heads, D=head, ROWS=max(16, power_of_two(heads // kv_heads)), KEYS=min(size, _KEYS),
-        WINDOW=pages.window or 0, G=size, SPLITS=splits, num_warps=4, num_stages=3,
+        N=heads, M=kv_heads, D=head, ROWS=max(16, power_of_two(heads // kv_heads)), KEYS=min(rows, _KEYS),
+        WINDOW=pages.window or 0, G=rows, SPLITS=splits, num_warps=4, num_stages=3,
     )  # fmt: skip
     if splits > 1:
         _combine[(batch * heads,)](sums, tops, totals, sinks_N, out_BND, N=heads, D=head, SPLITS=splits, num_warps=2)
