@@ -13,6 +13,7 @@ step are listed.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import statistics
@@ -127,26 +128,26 @@ def ours(args: argparse.Namespace, cases: list[str], keep: Callable[..., None]) 
             if "lora_B" in name:
                 parameter.normal_(std=1e-3)
     print(f"loaded in {now() - started:.1f} s", flush=True)
-    template: Any = SimpleNamespace(stop_ids=[])
     for case in cases:
-        adapter = "default" if case.endswith(" adapter") else None
-        words = case.split()
-        batch = int(words[1]) if words[0] == "decode" else 1
-        context = args.context if words[0] == "decode" else args.prompt
+        keep(case, functools.partial(one, args, model, case))
 
-        def run(batch: int = batch, context: int = context, adapter: str | None = adapter) -> dict[str, Any]:
-            engine = Engine(model, template, max_batch_size=batch, max_length=context + args.new)
-            if case.startswith("decode"):
-                return decode(engine, batch, context, adapter, args.new, args.profile)
-            ids = prompts(1, context, model.config.vocab_size)[0]
 
-            def once() -> None:
-                engine.submit(ids, Sampling(max_new_tokens=1), adapter)
-                engine.step()
+def one(args: argparse.Namespace, model: Any, case: str) -> dict[str, Any]:
+    """One of our cases."""
+    adapter = "default" if case.endswith(" adapter") else None
+    words = case.split()
+    batch, context = (int(words[1]), args.context) if words[0] == "decode" else (1, args.prompt)
+    template: Any = SimpleNamespace(stop_ids=[])
+    engine = Engine(model, template, max_batch_size=batch, max_length=context + args.new)
+    if words[0] == "decode":
+        return decode(engine, batch, context, adapter, args.new, args.profile)
+    ids = prompts(1, context, model.config.vocab_size)[0]
 
-            return {"prompt": context, **first_token(once)}
+    def run() -> None:
+        engine.submit(ids, Sampling(max_new_tokens=1), adapter)
+        engine.step()
 
-        keep("ossia", case, run)
+    return {"prompt": context, **first_token(run)}
 
 
 def theirs(args: argparse.Namespace, cases: list[str], keep: Callable[..., None]) -> None:
@@ -184,13 +185,9 @@ def theirs(args: argparse.Namespace, cases: list[str], keep: Callable[..., None]
 
     for case in cases:
         if case.endswith("first token"):
-            keep(
-                "transformers",
-                case,
-                lambda: {"prompt": args.prompt, **first_token(lambda: generate(1, args.prompt, 1))},
-            )
+            keep(case, lambda: {"prompt": args.prompt, **first_token(lambda: generate(1, args.prompt, 1))})
         else:
-            keep("transformers", case, lambda case=case: decode_case(int(case.split()[-1])))
+            keep(case, functools.partial(decode_case, int(case.split()[-1])))
 
 
 def main() -> None:
@@ -208,7 +205,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     environment = measured_on(pick_device("auto"))
 
-    def keep(program: str, case: str, run: Callable[[], dict[str, Any]]) -> None:
+    def keep(case: str, run: Callable[[], dict[str, Any]]) -> None:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
@@ -220,11 +217,11 @@ def main() -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        results.append({"program": program, "case": case, **result})
+        results.append({"case": case, **result})
         args.out.write_text(json.dumps({"environment": environment, "results": results}, indent=1), encoding="utf-8")
         for kernel in result.get("kernels", ()):
             print(f"  {kernel['milliseconds']:8.3f} ms  {kernel['calls']:>5} calls  {kernel['name']}")
-        print(program, case, {key: value for key, value in result.items() if key != "kernels"}, flush=True)
+        print(case, {key: value for key, value in result.items() if key != "kernels"}, flush=True)
 
     ours(args, [case for case in args.cases if not case.startswith("transformers")], keep)
     gc.collect()

@@ -71,7 +71,7 @@ def test_log_probabilities_are_as_near_to_float32_as_a_full_forward(tiny_gpt_oss
 @pytest.mark.parametrize("adapter", [None, "default"])
 def test_graphs_say_what_plain_launches_say(tiny_gpt_oss, template, prompts, adapter, monkeypatch):
     class Plain:
-        def __init__(self, function, inputs, pool):
+        def __init__(self, function, inputs, other):
             self.function, self.device = function, inputs.device
 
         def __call__(self, inputs):

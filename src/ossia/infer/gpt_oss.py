@@ -109,7 +109,6 @@ class GptOssRunner:
         self._lengths: dict[int, int] = {}
         self._layers: dict[str | None, list[_Layer]] = {}
         self._graphs: dict[tuple[str | None, int], _Graph] = {}
-        self._pool: Any = None
         self._from_blocks = fuses(base.lm_head.weight) and all(
             _has_small_blocks(_experts(layer)) for layer in base.model.layers
         )
@@ -145,9 +144,8 @@ class GptOssRunner:
         spare = size - count
         inputs = torch.tensor([[*tokens, *[0] * spare], [*positions, *[0] * spare], [*places, *[self._places] * spare]])
         if (adapter, size) not in self._graphs:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            start = inputs.to(self._base.device)
-            self._graphs[adapter, size] = _Graph(lambda x: self._decode(x, adapter), start, self._pool)
+            start, other = inputs.to(self._base.device), next(iter(self._graphs.values()), None)
+            self._graphs[adapter, size] = _Graph(lambda x: self._decode(x, adapter), start, other)
         return self._graphs[adapter, size](inputs)[:count]
 
     def free(self, place: int) -> None:
@@ -186,10 +184,10 @@ class GptOssRunner:
 class _Graph:
     """A function of one tensor, captured: calls copy the tensor in and replay.
 
-    Graphs of one pool share the memory of their results, each of which lasts until the next call of any.
+    A graph shares memory with the `other`: the result of one lasts until the next call of any.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], inputs: Tensor, pool: Any) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], inputs: Tensor, other: _Graph | None) -> None:
         self._inputs = inputs
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -199,7 +197,7 @@ class _Graph:
                 function(inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=None if other is None else other._graph.pool()):
             self._result = function(inputs)
 
     def __call__(self, inputs: Tensor) -> Tensor:
