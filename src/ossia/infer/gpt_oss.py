@@ -26,6 +26,7 @@ from ossia.kernels.paged_attention import Pages, append, attend, fill
 from ossia.kernels.rms_norm import add_rms_norm, rms_norm
 from ossia.kernels.route import route
 from ossia.kernels.sizes import ceil_div, power_of_two
+from ossia.model import attention
 from ossia.model.experts import Experts, fuses
 from ossia.model.gpt_oss import OssiaGptOssForCausalLM
 from ossia.model.names import PROJECTIONS
@@ -34,6 +35,10 @@ PAGE = 128
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 _PROJECTED = ("q_proj", "k_proj", "v_proj")
 _ADAPTED = (*_PROJECTED, "o_proj", "mlp.experts")
+_GROUP = 16384
+"""Tokens of prompts in one forward."""
+_LEAST_FILLED = 0.75
+"""Of the longest prompt of a forward, the length of the shortest."""
 _SHARE = 0.5
 """Of the free memory, for keys and values; prompts need the rest."""
 
@@ -113,24 +118,42 @@ class GptOssRunner:
             _has_small_blocks(_experts(layer)) for layer in base.model.layers
         )
 
-    def has_room(self, tokens: int) -> bool:
-        return ceil_div(tokens, PAGE) <= len(self._free_pages)
+    def reserve(self, place: int, tokens: int) -> bool:
+        count = ceil_div(tokens, PAGE)
+        if count > len(self._free_pages):
+            return False
+        owned = self._owned[place] = [self._free_pages.pop() for _ in range(count)]
+        self._table[place, :count] = torch.tensor(owned, dtype=torch.int32)
+        return True
 
-    def start(self, place: int, prompt: list[int], tokens: int, adapter: str | None) -> Tensor:
-        owned = self._owned[place] = [self._free_pages.pop() for _ in range(ceil_div(tokens, PAGE))]
-        self._table[place, : len(owned)] = torch.tensor(owned, dtype=torch.int32)
-        self._lengths[place] = len(prompt)
-        cache: Any = DynamicCache()
+    def start(self, places: Sequence[int], prompts: Sequence[list[int]], adapter: str | None) -> Tensor:
+        logits_BV = self._base.lm_head.weight.new_empty(len(prompts), self._config.vocab_size)
+        # Our attention sees no padding on the right; any other would take a mask for it.
+        least = _LEAST_FILLED if self._config._attn_implementation == attention.NAME else 1.0
+        for rows in _groups([len(prompt) for prompt in prompts], least):
+            logits_BV[rows] = self._prefill([places[row] for row in rows], [prompts[row] for row in rows], adapter)
+        return logits_BV
+
+    def _prefill(self, places: list[int], prompts: list[list[int]], adapter: str | None) -> Tensor:
+        """Logits [B, V] after prompts of about one length, in one forward."""
+        lengths, device = [len(prompt) for prompt in prompts], self._base.device
+        ids_BS = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=device)
+        ours, cache = self._config._attn_implementation == attention.NAME, DynamicCache()
         with with_adapter(self._model, adapter):
-            out = self._base(
-                input_ids=torch.tensor([prompt], device=self._base.device),
+            hidden_BSH = self._base.model(
+                input_ids=ids_BS,
+                attention_mask=dict.fromkeys(self._config.layer_types) if ours else None,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
-            )
-        for pages, layer in zip(self._pages, cache.layers, strict=True):
-            fill(pages, place, layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1))
-        return out.logits[0, -1]
+            ).last_hidden_state
+        layers: list[Any] = list(cache.layers)
+        for row, (place, length) in enumerate(zip(places, lengths, strict=True)):
+            self._lengths[place] = length
+            for pages, layer in zip(self._pages, layers, strict=True):
+                keys_and_values = (x[row, :, :length].transpose(0, 1) for x in (layer.keys, layer.values))
+                fill(pages, place, *keys_and_values)
+        last = torch.tensor(lengths, device=device) - 1
+        return self._base.lm_head(hidden_BSH[torch.arange(len(lengths), device=device), last])
 
     def step(self, places: Sequence[int], tokens: Sequence[int], adapter: str | None) -> Tensor:
         positions = [self._lengths[place] for place in places]
@@ -162,8 +185,8 @@ class GptOssRunner:
             hidden_BH, normal_BH = add_rms_norm(hidden_BH, None, before.weight, before.variance_epsilon)
             qkv_BHD = layer.qkv(normal_BH).view(len(normal_BH), -1, config.head_dim)
             q_BND = append(qkv_BHD, self._cos, self._sin, pages, place_B, position_B)
-            attention = layer.module.self_attn
-            said_BND = attend(q_BND, pages, place_B, position_B, attention.sinks, attention.scaling)
+            heads = layer.module.self_attn
+            said_BND = attend(q_BND, pages, place_B, position_B, heads.sinks, heads.scaling)
             attended_BH = layer.out(said_BND.flatten(1))
             total_BH, normal_BH = add_rms_norm(attended_BH, hidden_BH, after.weight, after.variance_epsilon)
             router, experts = layer.module.mlp.router, layer.experts
@@ -206,6 +229,20 @@ class _Graph:
         return self._result
 
 
+def _groups(lengths: list[int], least: float) -> list[list[int]]:
+    """Rows of one forward each: at most `_GROUP` tokens with padding, or one row, none shorter than `least` of the
+    longest."""
+    groups: list[list[int]] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if groups and lengths[row] >= least * longest and (len(groups[-1]) + 1) * longest <= _GROUP:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+            longest = lengths[row]
+    return groups
+
+
 def _base(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -230,12 +267,11 @@ def _has_small_blocks(experts: Experts) -> bool:
 
 
 def _layer(module: Any, adapter: str | None) -> _Layer:
-    attention = module.self_attn
-    parts = [getattr(attention, name) for name in _PROJECTED]
-    weight, bias = attention.stacked()
-    qkv = _adapted(weight, bias, parts, adapter)
-    linear = getattr(attention.o_proj, "base_layer", attention.o_proj)
-    out = _adapted(linear.weight, linear.bias, [attention.o_proj], adapter)
+    heads = module.self_attn
+    weight, bias = heads.stacked()
+    qkv = _adapted(weight, bias, [getattr(heads, name) for name in _PROJECTED], adapter)
+    linear = getattr(heads.o_proj, "base_layer", heads.o_proj)
+    out = _adapted(linear.weight, linear.bias, [heads.o_proj], adapter)
     lora, pair, scale = module.mlp.experts, None, 1.0
     if isinstance(lora, ExpertsLora) and adapter in lora.r:
         sides = [[getattr(lora, f"lora_{side}_{name}")[adapter] for side in "AB"] for name in PROJECTIONS]
