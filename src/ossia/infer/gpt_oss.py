@@ -21,7 +21,7 @@ from ossia.adapters.linear import LinearLora
 from ossia.errors import OssiaError
 from ossia.infer.runner import with_adapter
 from ossia.kernels.expert_decode import MAX_SCALE, expert_decode
-from ossia.kernels.expert_mlp import Adapter
+from ossia.kernels.expert_mlp import Adapter, Memory
 from ossia.kernels.paged_attention import Pages, append, attend, fill
 from ossia.kernels.rms_norm import add_rms_norm, rms_norm
 from ossia.kernels.route import route
@@ -36,7 +36,7 @@ _FULL, _WINDOW = "full_attention", "sliding_attention"
 _PROJECTED = ("q_proj", "k_proj", "v_proj")
 _ADAPTED = (*_PROJECTED, "o_proj", "mlp.experts")
 _GROUP = 16384
-"""Tokens of prompts in one forward."""
+"""Tokens of prompts in one forward, at most."""
 _LEAST_FILLED = 0.75
 """Of the longest prompt of a forward, the length of the shortest."""
 _SHARE = 0.5
@@ -114,9 +114,22 @@ class GptOssRunner:
         self._lengths: dict[int, int] = {}
         self._layers: dict[str | None, list[_Layer]] = {}
         self._graphs: dict[tuple[str | None, int], _Graph] = {}
-        self._from_blocks = fuses(base.lm_head.weight) and all(
-            _has_small_blocks(_experts(layer)) for layer in base.model.layers
-        )
+        experts = [_experts(layer) for layer in base.model.layers]
+        self._from_blocks = fuses(base.lm_head.weight) and all(map(_has_small_blocks, experts))
+        self._group = self._fit_prompts(experts, _free_bytes(device))
+
+    def _fit_prompts(self, experts: Sequence[Experts], free: int) -> int:
+        """How many tokens of prompts one forward may take; where little memory is left, experts are expanded for it in
+        parts."""
+        config = self._config
+        hidden, inner, count = config.hidden_size, config.intermediate_size, config.num_local_experts
+        values = config.num_experts_per_tok * (hidden + 3 * inner)
+        values += 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        expanded = 3 * hidden * inner * count * self._base.dtype.itemsize
+        if free < 2 * expanded:
+            for module in experts:
+                module.memory = Memory(experts=max(1, count // 8))
+        return max(1, min(_GROUP, free // (4 * values * self._base.dtype.itemsize)))
 
     def reserve(self, place: int, tokens: int) -> bool:
         count = ceil_div(tokens, PAGE)
@@ -130,7 +143,7 @@ class GptOssRunner:
         logits_BV = self._base.lm_head.weight.new_empty(len(prompts), self._config.vocab_size)
         # Our attention sees no padding on the right; any other would take a mask for it.
         least = _LEAST_FILLED if self._config._attn_implementation == attention.NAME else 1.0
-        for rows in _groups([len(prompt) for prompt in prompts], least):
+        for rows in _groups([len(prompt) for prompt in prompts], least, self._group):
             logits_BV[rows] = self._prefill([places[row] for row in rows], [prompts[row] for row in rows], adapter)
         return logits_BV
 
@@ -229,13 +242,13 @@ class _Graph:
         return self._result
 
 
-def _groups(lengths: list[int], least: float) -> list[list[int]]:
-    """Rows of one forward each: at most `_GROUP` tokens with padding, or one row, none shorter than `least` of the
+def _groups(lengths: list[int], least: float, tokens: int) -> list[list[int]]:
+    """Rows of one forward each: at most so many tokens with padding, or one row; none shorter than `least` of the
     longest."""
     groups: list[list[int]] = []
     longest = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if groups and lengths[row] >= least * longest and (len(groups[-1]) + 1) * longest <= _GROUP:
+        if groups and lengths[row] >= least * longest and (len(groups[-1]) + 1) * longest <= tokens:
             groups[-1].append(row)
         else:
             groups.append([row])
