@@ -260,7 +260,7 @@ def tiles(s: Shape) -> Iterator[Job]:
 
     for tokens in (1, 8, 64):
         inputs, _, size = decode_inputs(s, tokens)
-        for columns, run, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (4,), (3, 5)):
+        for columns, run, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (2, 4), (4,)):
             tile = {"COLS": columns, "RUN": run, "num_warps": warps, "num_stages": stages}
 
             def ours(tile: dict[str, int] = tile, inputs: tuple[Any, ...] = inputs) -> Any:
