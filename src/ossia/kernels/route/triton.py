@@ -16,6 +16,7 @@ _FORWARD = {"BT": 64, "BH": 128, "num_warps": 4}
 # With 128 experts that tile would take 244 KB of shared memory, which no GPU has.
 _FORWARD_OF_MANY = {"BT": 32, "BH": 64, "num_warps": 8}
 _FEW = 64
+_EXPERTS_OF_FEW = 2
 _BACKWARD = {"BT": 32, "BH": 128, "num_warps": 4}
 
 
@@ -66,22 +67,30 @@ def _forward(
 
 
 @triton.jit
-def _forward_of_few(
-    hidden, router, bias, index, weight, T, H,
-    E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    """One token a program, and no tensor cores: their tile would leave all but one processor idle."""
-    token = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    expert = tl.arange(0, EP)
-    logits = tl.zeros((EP,), tl.float32)
+def _logits_of_few(hidden, router, bias, logits, H, E: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr):
+    """Some experts of one token a program, and no tensor cores: their tile would leave all but one processor idle."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.program_id(1) * BE + tl.arange(0, BE)
+    total = tl.zeros((BE, BH), tl.float32)
     for start in range(0, H, BH):
         at = start + tl.arange(0, BH)
-        x = tl.load(hidden + tl.program_id(0).to(tl.int64) * H + at, mask=at < H, other=0.0).to(tl.float32)
+        x = tl.load(hidden + token * H + at, mask=at < H, other=0.0).to(tl.float32)
         some = (expert < E)[:, None] & (at < H)[None, :]
         w = tl.load(router + expert[:, None] * H + at[None, :], mask=some, other=0.0).to(tl.float32)
-        logits += tl.sum(w * x[None, :], 1)
-    logits += tl.load(bias + expert, mask=expert < E, other=0.0).to(tl.float32)
-    _choose(logits[None, :], index, weight, token, T, E, K, EP, KP)
+        total += w * x[None, :]
+    value = tl.sum(total, 1) + tl.load(bias + expert, mask=expert < E, other=0.0).to(tl.float32)
+    tl.store(logits + token * E + expert, value, mask=expert < E)
+
+
+@triton.jit
+def _choose_of_few(
+    logits, index, weight, T, E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    expert = tl.arange(0, EP)
+    some = (expert < E)[None, :] & (token < T)[:, None]
+    of_token = tl.load(logits + token[:, None] * E + expert[None, :], mask=some, other=0.0)
+    _choose(of_token, index, weight, token, T, E, K, EP, KP)
 
 
 @triton.jit
@@ -147,9 +156,11 @@ class _Route(torch.autograd.Function):
         tensors = (hidden_TH.contiguous(), router_EH, bias_E.contiguous(), index_TK, weight_TK)
         sizes = {"E": experts, "K": top_k, "EP": max(16, power_of_two(experts)), "KP": power_of_two(top_k)}
         if 0 < length <= _FEW:
-            # 32 values a thread.
-            columns = max(16, 8192 // sizes["EP"])
-            _forward_of_few[(length,)](*tensors, *hidden_TH.shape, **sizes, BH=columns, num_warps=8)
+            logits_TE = torch.empty((length, experts), dtype=torch.float32, device=hidden_TH.device)
+            _logits_of_few[(length, ceil_div(experts, _EXPERTS_OF_FEW))](
+                *tensors[:3], logits_TE, hidden_TH.shape[1], E=experts, BE=_EXPERTS_OF_FEW, BH=1024, num_warps=4
+            )
+            _choose_of_few[(length,)](logits_TE, index_TK, weight_TK, length, **sizes, num_warps=1)
         elif length:
             tile = tile_for(experts)
             _forward[(ceil_div(length, tile["BT"]),)](
