@@ -320,10 +320,10 @@ def _swiglu_backward_kernel(
         if RANK > 0:
             known = (m < M)[:, None] & (r < RANK)[None, :]
             part = matrix_a + expert.to(tl.int64) * M * RANK + m[:, None] * RANK + r[None, :]
-            acc_a = tl.dot(act, tl.load(part, mask=known, other=0.0).to(kind), acc_a, input_precision="ieee")
-            part = matrix_b + expert.to(tl.int64) * 2 * M * RANK + 2 * m[:, None] + r[None, :] * 2 * M
-            acc_b = tl.dot(d_gate, tl.load(part, mask=known, other=0.0).to(kind), acc_b, input_precision="ieee")
-            acc_b = tl.dot(d_up, tl.load(part + 1, mask=known, other=0.0).to(kind), acc_b, input_precision="ieee")
+            acc_a = tl.dot(act, tl.load(part, mask=known, other=0.0), acc_a, input_precision="ieee")
+            part = matrix_b + expert.to(tl.int64) * 2 * M * RANK + m[:, None] * 2 * RANK + r[None, :]
+            acc_b = tl.dot(d_gate, tl.load(part, mask=known, other=0.0), acc_b, input_precision="ieee")
+            acc_b = tl.dot(d_up, tl.load(part + RANK, mask=known, other=0.0), acc_b, input_precision="ieee")
     if RANK > 0:
         value = (acc_a * scale).to(kind)
         tl.store(thin_a + rows[:, None] * R + r[None, :], value, mask=inside[:, None] & (r < R)[None, :])
@@ -364,11 +364,15 @@ def swiglu_backward_(
     tail = padded(rank)
     thin_a, thin_b = gate_up_SX.new_empty(count, tail), gate_up_SX.new_empty(count, tail)
     dots_TK = torch.empty_like(weight_TK)
-    nothing = gate_up_SX
+    # Narrow, and with a row's r values side by side, they come in few loads: there are as many of them as of the rows'.
+    matrix_a, matrix_b = (
+        gate_up_SX if x is None else x.to(gate_up_SX.dtype, memory_format=torch.contiguous_format).contiguous()
+        for x in (a_EMr, None if b_Er2M is None else b_Er2M.transpose(1, 2))
+    )
     pairs, options = _pairs(gate_up_SX.dtype)
     _swiglu_backward_kernel[_grid(count, experts, _SWIGLU_BACKWARD)](
         gate_up_SX.view(pairs), bias_E2M.view(pairs), order_S, offsets_E, back_SM, weight_TK, biased_S,
-        nothing if a_EMr is None else a_EMr, nothing if b_Er2M is None else b_Er2M, thin_a, thin_b, gate_up_SX, dots_TK,
+        matrix_a, matrix_b, thin_a, thin_b, gate_up_SX, dots_TK,
         scale, alpha, limit, gate_up_SX.stride(0) // 2,
         M=inner, E=experts, E2=power_of_two(experts), RANK=rank, R=tail, R2=_dot_width(rank), **options,
         **_SWIGLU_BACKWARD,
