@@ -21,7 +21,7 @@ from ossia.kernels.sizes import ceil_div, power_of_two
 _GATHER = {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2}
 _SWIGLU = {"ROWS": 64, "COLS": 64, "num_warps": 8, "num_stages": 1}
 _SWIGLU_BACKWARD = {"ROWS": 32, "COLS": 64, "num_warps": 4, "num_stages": 3}
-_OUTER = {"ROWS": 64, "COLS": 128, "num_warps": 8, "num_stages": 3}
+_OUTER = {"ROWS": 64, "COLS": 128, "num_warps": 8, "num_stages": 2}
 
 
 def _dot_width(rank: int) -> int:
