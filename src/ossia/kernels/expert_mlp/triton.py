@@ -432,8 +432,8 @@ def combine(
 
 @triton.jit
 def _outer_kernel(
-    thin, wide, order, offsets, weight, out, wide_stride, out_e, out_n, out_r, N,
-    K: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, WEIGHTED: tl.constexpr,
+    thin, wide, order, offsets, weight, out, wide_stride, out_p, out_e, out_n, out_r, N,
+    PARTS: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, WEIGHTED: tl.constexpr,
     COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
@@ -441,8 +441,9 @@ def _outer_kernel(
     r = tl.arange(0, R2)
     start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
     end = tl.load(offsets + expert)
+    part = tl.program_id(2)
     acc = tl.zeros((R2, COLS), tl.float32)
-    for at in range(start, end, ROWS):
+    for at in range(start + part * ROWS, end, PARTS * ROWS):
         rows = (at + tl.arange(0, ROWS)).to(tl.int64)
         inside = rows < end
         source = rows
@@ -456,7 +457,7 @@ def _outer_kernel(
             wide + source[:, None] * wide_stride + n[None, :], mask=inside[:, None] & (n < N)[None, :], other=0.0
         )
         acc = tl.dot(small, value, acc, input_precision="ieee")
-    to = out + expert.to(tl.int64) * out_e + r[:, None] * out_r + n[None, :] * out_n
+    to = out + part * out_p + expert.to(tl.int64) * out_e + r[:, None] * out_r + n[None, :] * out_n
     tl.store(to, acc, mask=(r < RANK)[:, None] & (n < N)[None, :])
 
 
@@ -478,10 +479,15 @@ def outer(
         weight_TK: float32 factor of each row, by token and expert.
     """
     experts, width, rank = out.shape
-    _outer_kernel[(ceil_div(width, _OUTER["COLS"]), experts)](
+    # Parts of an expert's rows run side by side, or all would wait for the expert that has most.
+    parts = 4 if len(thin_SR) >= 8 * _OUTER["ROWS"] * experts else 1
+    sums = out[None] if parts == 1 else out.new_empty(parts, experts, rank, width).transpose(2, 3)
+    _outer_kernel[(ceil_div(width, _OUTER["COLS"]), experts, parts)](
         thin_SR, wide_XN, thin_SR if order_S is None else order_S, offsets_E,
-        thin_SR if weight_TK is None else weight_TK, out, wide_XN.stride(0), *out.stride(), width,
-        K=top_k, RANK=rank, R=thin_SR.shape[1], R2=_dot_width(rank),
+        thin_SR if weight_TK is None else weight_TK, sums, wide_XN.stride(0), *sums.stride(), width,
+        PARTS=parts, K=top_k, RANK=rank, R=thin_SR.shape[1], R2=_dot_width(rank),
         WEIGHTED=weight_TK is not None, **_OUTER,
     )  # fmt: skip
+    if parts > 1:
+        torch.sum(sums, 0, out=out)
     return out
