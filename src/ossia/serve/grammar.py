@@ -1,0 +1,120 @@
+"""Answers that must have a form: JSON of a schema in the final channel, or a call of a function (llguidance)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import llguidance.hf
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from torch import Tensor
+
+from ossia.serve.errors import bad
+from ossia.template.base import Template
+
+Allowed = Callable[[list[int]], Tensor | None]
+
+# Free white space would let a weak model write blanks for ever.
+_SPACING = {"whitespace_flexible": False, "item_separator": r",[ \n]?", "key_separator": ": ?"}
+_TEXT = r"TEXT: /(.|\n)*/"
+
+
+class Vocabulary:
+    """Bytes of tokens, and grammars over them.
+
+    Args:
+        template: with its tokenizer.
+        size: logits that the model has, where they are more than the tokenizer's words.
+    """
+
+    def __init__(self, template: Template, size: int | None = None) -> None:
+        self.template = template
+        self._size = size
+
+    @cached_property
+    def _words(self) -> LLTokenizer:
+        tokenizer = self.template.tokenizer
+        size = max(self._size or 0, len(tokenizer))
+        return llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=self.template.stop_ids[0])
+
+    def bytes(self, id: int) -> bytes:
+        """What the token writes; a special token writes its name."""
+        return self._words.decode_bytes([id])
+
+    def text(self, id: int) -> str:
+        """The same, as far as it is text."""
+        return self.bytes(id).decode("utf-8", errors="replace")
+
+    def grammar(
+        self,
+        schema: dict[str, Any] | None,
+        tools: list[dict[str, Any]],
+        call: str | None,
+    ) -> str:
+        """The grammar of a whole answer, reasoning included.
+
+        Args:
+            schema: of the final text; None where it is free.
+            tools: functions that may be called.
+            call: None: calls are optional; "" : one must be called; else: this one must be.
+
+        Raises:
+            ApiError: 400 for a schema that cannot be followed.
+        """
+        harmony = self.template.name == "harmony"
+        if call is not None and not harmony:
+            raise bad("tool_choice: this model's chat format allows only none and auto", "tool_choice")
+        final = "TEXT" if schema is None else _json(schema)
+        if not harmony:
+            opener = 'TEXT "</think>" ' if getattr(self.template, "opens_thinking", False) else ""
+            return self._checked(f"%llguidance {{}}\nstart: {opener}final\nfinal: {final}\n{_TEXT}\n")
+        functions = [tool["function"] for tool in tools if not call or tool["function"]["name"] == call]
+        ends = (["final"] if call is None else []) + [f"call_{index}" for index in range(len(functions))]
+        lines = [
+            "%llguidance {}",
+            f"start: analysis* ({' | '.join(ends)})",
+            'analysis: <|channel|> "analysis" <|message|> TEXT <|end|> <|start|> "assistant"',
+            f'final: <|channel|> "final" <|message|> {final}',
+            _TEXT,
+        ]
+        constrain = "<|constrain|>" if "<|constrain|>" in self.template.tokenizer.get_vocab() else ""
+        for index, function in enumerate(functions):
+            name = json.dumps(f" to=functions.{function['name']}")
+            arguments = _json(function.get("parameters") or {"type": "object"})
+            lines.append(
+                f'call_{index}: {name} <|channel|> "commentary " {constrain} "json" <|message|> {arguments} <|call|>'
+            )
+        return self._checked("\n".join(lines) + "\n")
+
+    def follow(self, grammar: str) -> Allowed:
+        """The mask of one answer that follows the grammar, for `Engine.submit`."""
+        matcher = LLMatcher(self._words, grammar, log_level=0)
+        size = self._words.vocab_size
+        read = 0
+
+        def allowed(ids: list[int]) -> Tensor | None:
+            nonlocal read
+            matcher.consume_tokens(ids[read:])
+            read = len(ids)
+            bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+            mask = torch.from_numpy(np.unpackbits(bits, bitorder="little")[:size].astype(bool))
+            if matcher.is_error():
+                raise RuntimeError(f"the grammar of this answer failed: {matcher.get_error()}")
+            return mask
+
+        return allowed
+
+    def _checked(self, grammar: str) -> str:
+        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._words)
+        if failed:
+            reason = messages[0].splitlines()[0][:300]
+            raise bad(f"this schema cannot be followed: {reason}", "response_format", "unsupported_schema")
+        return grammar
+
+
+def _json(schema: dict[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": _SPACING})
