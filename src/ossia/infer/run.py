@@ -42,13 +42,11 @@ def load_engine(config: InferConfig) -> Any:
     folder, template = template_of(config)
     from ossia.infer.engine import Engine
 
-    return Engine(model_of(config, folder), template)
+    return Engine(model_of(config, folder), template, max_batch_size=config.max_batch_size)
 
 
 def model_of(config: InferConfig, folder: Path) -> Any:
     """The model in `folder`, with the adapters that the options name."""
-    from transformers import set_seed
-
     from ossia.adapters.io import load_adapter
     from ossia.adapters.origin import check_origin
     from ossia.model.load import load_model
@@ -60,7 +58,6 @@ def model_of(config: InferConfig, folder: Path) -> Any:
     with one_adapter(config.adapters, config.adapter_weights) if config.adapters else nullcontext() as adapter:
         if adapter is not None:
             check_origin(adapter, folder)
-        set_seed(config.seed)
         model: Any = load_model(
             folder, torch_dtype=config.torch_dtype, device=config.device, experts=config.experts, attn_impl=attention
         )
