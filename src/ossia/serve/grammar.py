@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -16,8 +15,6 @@ from torch import Tensor
 from ossia.serve.errors import bad
 from ossia.template.base import Template
 
-Allowed = Callable[[list[int]], Tensor | None]
-
 # Free white space would let a weak model write blanks for ever.
 _SPACING = {"whitespace_flexible": False, "item_separator": r",[ \n]?", "key_separator": ": ?"}
 _TEXT = r"TEXT: /(.|\n)*/"
@@ -28,17 +25,17 @@ class Vocabulary:
 
     Args:
         template: with its tokenizer.
-        size: logits that the model has, where they are more than the tokenizer's words.
+        size: of the model's vocabulary, which may be larger than the tokenizer's.
     """
 
-    def __init__(self, template: Template, size: int | None = None) -> None:
+    def __init__(self, template: Template, size: int) -> None:
         self.template = template
-        self._size = size
+        self.size = size
 
     @cached_property
     def _words(self) -> LLTokenizer:
         tokenizer = self.template.tokenizer
-        size = max(self._size or 0, len(tokenizer))
+        size = max(self.size, len(tokenizer))
         return llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=self.template.stop_ids[0])
 
     def bytes(self, id: int) -> bytes:
@@ -90,23 +87,9 @@ class Vocabulary:
             )
         return self._checked("\n".join(lines) + "\n")
 
-    def follow(self, grammar: str) -> Allowed:
-        """The mask of one answer that follows the grammar, for `Engine.submit`."""
-        matcher = LLMatcher(self._words, grammar, log_level=0)
-        size = self._words.vocab_size
-        read = 0
-
-        def allowed(ids: list[int]) -> Tensor | None:
-            nonlocal read
-            matcher.consume_tokens(ids[read:])
-            read = len(ids)
-            bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-            mask = torch.from_numpy(np.unpackbits(bits, bitorder="little")[:size].astype(bool))
-            if matcher.is_error():
-                raise RuntimeError(f"the grammar of this answer failed: {matcher.get_error()}")
-            return mask
-
-        return allowed
+    def follow(self, grammar: str) -> Mask:
+        """A fresh mask that makes one answer follow the grammar, for `Engine.submit`."""
+        return Mask(LLMatcher(self._words, grammar, log_level=0), self.size, self.template.stop_ids[0])
 
     def _checked(self, grammar: str) -> str:
         failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._words)
@@ -114,6 +97,31 @@ class Vocabulary:
             reason = messages[0].splitlines()[0][:300]
             raise bad(f"this schema cannot be followed: {reason}", "response_format", "unsupported_schema")
         return grammar
+
+
+class Mask:
+    """Which ids may come next, bool [V], from the answer's ids so far. `failed` says why the grammar could not go on;
+    the answer then ends at once."""
+
+    def __init__(self, matcher: LLMatcher, size: int, end: int) -> None:
+        self.failed = ""
+        self._matcher = matcher
+        self._size = size
+        self._end = end
+        self._read = 0
+
+    def __call__(self, ids: list[int]) -> Tensor:
+        self._matcher.consume_tokens(ids[self._read :])
+        self._read = len(ids)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.zeros(self._size, dtype=bool)
+        words = np.unpackbits(bits, bitorder="little")[: self._size]
+        allowed[: len(words)] = words
+        if self._matcher.is_error():
+            self.failed = self._matcher.get_error().splitlines()[0]
+            allowed[:] = False
+            allowed[self._end] = True
+        return torch.from_numpy(allowed)
 
 
 def _json(schema: dict[str, Any]) -> str:

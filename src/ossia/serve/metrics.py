@@ -16,13 +16,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "ossia_requests", "Requests answered", ["endpoint", "status"], registry=self.registry
-        )
+        self.requests = Counter("ossia_requests", "Requests answered", ["endpoint", "status"], registry=self.registry)
         self.prompt_tokens = Counter("ossia_prompt_tokens", "Tokens of prompts", ["model"], registry=self.registry)
-        self.answer_tokens = Counter(
-            "ossia_completion_tokens", "Tokens generated", ["model"], registry=self.registry
-        )
+        self.answer_tokens = Counter("ossia_completion_tokens", "Tokens generated", ["model"], registry=self.registry)
         self.cancelled = Counter(
             "ossia_cancelled", "Answers given up because the client left or a stop text came", registry=self.registry
         )

@@ -212,7 +212,7 @@ class Worker:
                 return False
             if kind == "submit":
                 self._admit(job)
-            elif job.request is not None and self._running.pop(id(job.request), None):
+            elif job.request is not None and self._running.pop(id(job.request), None) is not None:
                 self.engine.cancel(job.request)
 
     def _admit(self, job: _Job) -> None:
