@@ -34,7 +34,9 @@ class ScriptedEngine:
 
         request = Request(prompt, sampling, adapter, allowed)
         text = self.template.tokenizer.decode(prompt)
-        asked = re.findall(r"<\|message\|>(.*?)<\|end\|>", text, re.DOTALL)[-1] if "<|message|>" in text else text
+        asked = text.rpartition("<|start|>user<|message|>")[2].removesuffix("<|end|><|start|>assistant")
+        if "to=assistant<|channel|>commentary<|message|>" in asked:
+            asked = "told " + asked.rpartition("<|message|>")[2]
         said = f"<|channel|>analysis<|message|>thought<|end|><|start|>assistant<|channel|>final<|message|>{adapter or 'base'}: {asked}<|return|>"
         if asked.startswith("say "):
             said = asked[4:]

@@ -291,11 +291,16 @@ async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = ""
-    for step in first["loc"][1:]:
+    for step in filter(_is_field, first["loc"][1:]):
         param += f"[{step}]" if isinstance(step, int) else f".{step}" if param else str(step)
     # The message names what was expected and never repeats what was sent.
     message = f"{param}: {first['msg']}" if param else first["msg"]
     return _as_json(ApiError(400, message[:500], param=param[:200] or None))
+
+
+def _is_field(step: int | str) -> bool:
+    """Whether a step of pydantic's path is an index or a field; others name the branch of a union."""
+    return isinstance(step, int) or (re.fullmatch("[a-z_]+", step) is not None and step not in ("str", "int"))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
