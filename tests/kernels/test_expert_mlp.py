@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from ossia.kernels import expert_mlp
-from ossia.kernels.expert_mlp import Frozen, Memory, recomputing
+from ossia.kernels.expert_mlp import Adapter, Frozen, Memory, recomputing
 from ossia.kernels.mxfp4 import dequantize, quantize
 
 pytest.importorskip("triton")
-from ossia.kernels.expert_mlp.fused import Adapter
 from ossia.kernels.expert_mlp.fused import expert_mlp as fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,6 +12,7 @@ from ossia.adapters.inject import add_lora
 from ossia.adapters.io import load_adapter, save_adapter
 from ossia.demo.base import ensure_base
 from ossia.errors import UsageError
+from ossia.infer import gpt_oss
 from ossia.infer.engine import Engine, Sampling
 from ossia.model.load import load_model
 from ossia.model.tokenizer import load_tokenizer
@@ -87,6 +88,25 @@ def test_adapter_and_base_side_by_side(tiny_gpt_oss, template, prompts, adapter,
     assert [request.ids for request in requests] == both
     with pytest.raises(UsageError, match="no adapter 'other'; there is mine"):
         engine.submit(prompts[0], sampling, "other")
+
+
+def test_experts_from_blocks_in_batches_filled_up(tiny_gpt_oss, template, prompts, adapter, monkeypatch):
+    """What a GPU runs, its graphs apart: Triton's kernel, and rows that stand for no request."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("compiled for the GPU, not interpreted")
+    monkeypatch.setattr(gpt_oss, "_Graph", lambda function, inputs, other: function)
+    engine = Engine(load_adapter(load_model(tiny_gpt_oss, device="cpu", experts="mxfp4"), adapter), template)
+    some, sampling = prompts[1:6], Sampling(max_new_tokens=6)
+    for name in (None, "default"):
+        said = []
+        for blocks in (False, True):
+            engine._runner._from_blocks = blocks
+            requests = [engine.submit(prompt, sampling, name) for prompt in some]
+            while engine.busy:
+                engine.step()
+            said.append([request.ids for request in requests])
+        assert said[0] == said[1]
 
 
 def test_any_other_model(tiny_llama):

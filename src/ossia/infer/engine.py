@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from ossia.errors import UsageError
+from ossia.infer.gpt_oss import GptOssRunner, runs
 from ossia.infer.runner import CachedRunner, Runner
 from ossia.infer.sampling import Draw, Sampling, Token, choose
 from ossia.template.base import Template
@@ -78,7 +79,7 @@ class Engine:
         self.adapters = list(self._adapters)
         known = getattr(model.config, "max_position_embeddings", None) or 1 << 20
         limit = min(known, max_length or known)
-        self._runner: Runner = CachedRunner(model, limit)
+        self._runner: Runner = GptOssRunner(model, limit, max_batch_size) if runs(model) else CachedRunner(model, limit)
         self.max_length = self._runner.max_length
         self._waiting: deque[Request] = deque()
         self._active: dict[int, Request] = {}

@@ -80,8 +80,10 @@ def sort_by_expert(index_TK: Tensor, experts: int) -> Order:
     order_S = torch.empty(index_TK.numel(), dtype=torch.int64, device=index_TK.device)
     position_TK = torch.empty_like(index_TK, memory_format=torch.contiguous_format)
     offsets_E = torch.empty(experts, dtype=torch.int32, device=index_TK.device)
+    block = max(64, min(4096, power_of_two(len(order_S))))
+    warps = max(1, block // 256)
     _sort_kernel[(experts,)](
-        index_TK.contiguous(), order_S, position_TK, offsets_E, len(order_S), BLOCK=4096, num_warps=16
+        index_TK.contiguous(), order_S, position_TK, offsets_E, len(order_S), BLOCK=block, num_warps=warps
     )
     return Order(order_S, position_TK, offsets_E)
 
