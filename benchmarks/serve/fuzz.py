@@ -1,6 +1,6 @@
 """Bodies that nobody meant, from schemathesis on the server's own OpenAPI document; none may give a 500.
 
-python benchmarks/serve/fuzz.py [--cases 5000] [--out FILE.json]
+python -m benchmarks.serve.fuzz [--cases 5000] [--out FILE.json]
 
 Cases are spread over the operations that take a body and over well-formed and ill-formed ones; the engine behind is the
 scripted one of the tests.

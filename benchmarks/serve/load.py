@@ -1,6 +1,6 @@
 """Many clients at once on one `ossia serve`: answers lost or mixed up, seconds, memory.
 
-python benchmarks/serve/load.py [--model FOLDER] [--clients 64] [--requests 2000] [--out FILE.json]
+python -m benchmarks.serve.load [--model FOLDER] [--clients 64] [--requests 2000] [--out FILE.json]
 
 FOLDER defaults to the demo's base model. Every prompt is asked alone first, greedily; under load each answer must be
 the same, token for token. Every other request is streamed, one in fifty hangs up in the middle (and is asked again).

@@ -156,6 +156,10 @@ def test_forms_are_kept_by_a_model_that_would_not(real):
         whole = client.chat.completions.create(**options, response_format=SCHEMA).choices[0]
         if whole.finish_reason == "stop":
             seen.add(json.loads(whole.message.content)["city"])
+        strict = [{"type": "function", "function": {**WEATHER, "strict": True}}]
+        free = client.chat.completions.create(**options, tools=strict).choices[0]
+        if free.finish_reason == "tool_calls":
+            seen.add(json.loads(free.message.tool_calls[0].function.arguments)["city"])
         forced = client.chat.completions.create(**options, tools=TOOLS, tool_choice="required").choices[0]
         if forced.finish_reason == "tool_calls":
             seen.add(json.loads(forced.message.tool_calls[0].function.arguments)["city"])
@@ -444,11 +448,14 @@ def test_wrong_usage_before_anything_loads(ossia, tiny_gpt_oss, adapters):
 def test_vllm(ossia, tiny_gpt_oss, tiny_llama, adapters, tmp_path):
     vllm = ("serve", "--backend", "vllm", "--model")
     out = ossia.ok(*vllm, tiny_gpt_oss, "--dry_run", "true", "--api_key", "s3cret", "--max_length", 8192)
-    expected = f"vllm serve {tiny_gpt_oss} --served-model-name gpt-oss --host 127.0.0.1 --port 8000 --max-num-seqs 8 --max-model-len 8192"
+    expected = (
+        f"vllm serve {tiny_gpt_oss} --served-model-name gpt-oss --host 127.0.0.1 --port 8000 --max-model-len 8192"
+    )
     assert out == f"{expected} --reasoning-parser openai_gptoss --tool-call-parser openai --enable-auto-tool-choice\n"
     assert "parser" not in ossia.ok(*vllm, tiny_llama, "--dry_run", "true")
     assert "pip install vllm" in ossia.fails(1, *vllm, tiny_llama)
     assert "export --adapters" in ossia.fails(2, *vllm, tiny_gpt_oss, "--adapters", adapters[0])
+    assert "--max_queue is not for --backend vllm" in ossia.fails(2, *vllm, tiny_llama, "--max_queue", 3)
     fake = tmp_path / "bin" / "vllm"
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\necho "$VLLM_API_KEY $*"\nexit 7\n')

@@ -6,6 +6,8 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from llguidance import LLMatcher
+
 from ossia.infer.engine import Sampling, Token
 from ossia.serve.answer import Delta, usage
 from ossia.serve.errors import ApiError, bad
@@ -55,7 +57,7 @@ async def prepare(
     call: str | None,
     schema: dict[str, Any] | None,
     effort: str | None,
-) -> tuple[list[int], str | None]:
+) -> tuple[list[int], LLMatcher | None]:
     """(prompt, grammar or None).
 
     Args:
@@ -75,7 +77,8 @@ async def prepare(
     if schema is not None:
         check_schema(schema, "response_format")
     prompt = await service.prompt(messages, tools, effort)
-    constrained = schema is not None or call is not None
+    strict = any(tool["function"].get("strict") for tool in tools)
+    constrained = schema is not None or call is not None or strict
     return prompt, await service.grammar(schema, tools, call) if constrained else None
 
 

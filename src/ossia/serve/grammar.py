@@ -51,8 +51,8 @@ class Vocabulary:
         schema: dict[str, Any] | None,
         tools: list[dict[str, Any]],
         call: str | None,
-    ) -> str:
-        """The grammar of a whole answer, reasoning included.
+    ) -> LLMatcher:
+        """The grammar of a whole answer, reasoning included; takes up to a second.
 
         Args:
             schema: of the final text; None where it is free.
@@ -68,7 +68,7 @@ class Vocabulary:
         final = "TEXT" if schema is None else _json(schema)
         if not harmony:
             opener = 'TEXT "</think>" ' if getattr(self.template, "opens_thinking", False) else ""
-            return self._checked(f"%llguidance {{}}\nstart: {opener}final\nfinal: {final}\n{_TEXT}\n")
+            return self._compiled(f"%llguidance {{}}\nstart: {opener}final\nfinal: {final}\n{_TEXT}\n")
         functions = [tool["function"] for tool in tools if not call or tool["function"]["name"] == call]
         ends = (["final"] if call is None else []) + [f"call_{index}" for index in range(len(functions))]
         lines = [
@@ -85,18 +85,18 @@ class Vocabulary:
             lines.append(
                 f'call_{index}: {name} <|channel|> "commentary " {constrain} "json" <|message|> {arguments} <|call|>'
             )
-        return self._checked("\n".join(lines) + "\n")
+        return self._compiled("\n".join(lines) + "\n")
 
-    def follow(self, grammar: str) -> Mask:
+    def follow(self, grammar: LLMatcher) -> Mask:
         """A fresh mask that makes one answer follow the grammar, for `Engine.submit`."""
-        return Mask(LLMatcher(self._words, grammar, log_level=0), self.size, self.template.stop_ids[0])
+        return Mask(grammar.deep_copy(), self.size, self.template.stop_ids[0])
 
-    def _checked(self, grammar: str) -> str:
-        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._words)
-        if failed:
-            reason = messages[0].splitlines()[0][:300]
+    def _compiled(self, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(self._words, grammar, log_level=0)
+        if matcher.is_error():
+            reason = matcher.get_error().splitlines()[0][:300]
             raise bad(f"this schema cannot be followed: {reason}", "response_format", "unsupported_schema")
-        return grammar
+        return matcher
 
 
 class Mask:

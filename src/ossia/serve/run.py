@@ -195,6 +195,7 @@ def serve(engine: Engine, config: ServeConfig, base: str, opened: socket.socket,
     options = uvicorn.Config(
         build_app(service, key),
         http="h11",
+        loop="asyncio",
         ws="none",
         lifespan="on",
         log_level="warning",

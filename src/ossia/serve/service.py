@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llguidance import LLMatcher
+
 from ossia.config.serve import ServeConfig
 from ossia.errors import OssiaError
 from ossia.infer.engine import Engine, Sampling, Token
@@ -39,7 +41,7 @@ class Ask:
     splitter: Callable[[], Splitter]
     stops: list[str]
     copies: int = 1
-    grammar: str | None = None
+    grammar: LLMatcher | None = None
 
 
 class Run:
@@ -53,7 +55,7 @@ class Run:
         prompts = []
         for ids in ask.prompts:
             for copy in range(ask.copies):
-                mask = service.vocabulary.follow(ask.grammar) if ask.grammar else None
+                mask = service.vocabulary.follow(ask.grammar) if ask.grammar is not None else None
                 seed = ask.sampling.seed
                 sampling = ask.sampling if seed is None else replace(ask.sampling, seed=seed + copy)
                 prompts.append(Prompt(ids, sampling, ask.adapter, ask.model, mask))
@@ -106,6 +108,8 @@ class Service:
         self._models: dict[str, str | None] = {**{name: name for name in engine.adapters}, base: None}
         # Tokenizers are not all fit for several threads; one keeps long prompts off the event loop.
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="render")
+        # Its table takes seconds to build for 200,000 words.
+        self._renderer.submit(self.vocabulary.bytes, 0)
 
     @property
     def models(self) -> list[str]:
@@ -138,7 +142,7 @@ class Service:
         template = self.engine.template
         return await self.off_loop(lambda: template.prompt(messages, tools=tools, reasoning_effort=effort))
 
-    async def grammar(self, schema: dict[str, Any] | None, tools: list[dict[str, Any]], call: str | None) -> str:
+    async def grammar(self, schema: dict[str, Any] | None, tools: list[dict[str, Any]], call: str | None) -> LLMatcher:
         """See `Vocabulary.grammar`."""
         return await self.off_loop(lambda: self.vocabulary.grammar(schema, tools, call))
 
