@@ -65,7 +65,7 @@ def test_any_reply_is_taken_apart_as_template_parse_does(template, text):
         assert (parts[0].name, "".join(delta.text for delta in parts)) == (call.name, call.arguments)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     text=st.text("abé😀 ", max_size=30),
     stops=st.lists(st.text("abé😀 ", min_size=1, max_size=4), max_size=3),
@@ -73,12 +73,13 @@ def test_any_reply_is_taken_apart_as_template_parse_does(template, text):
 def test_stop_texts_and_the_tokens_that_go_with_the_text(template, text, stops):
     answer = Answer(PlainSplitter(template), stops, Vocabulary(template, 266))
     deltas = run(answer, ids_of(template, text))
-    cuts = [place for stop in stops if (place := text.find(stop)) >= 0]
-    expected = text[: min(cuts, default=len(text))]
+    # The stop text that is complete first ends the answer, as it does where tokens are not kept back.
+    shown = next((text[:size] for size in range(len(text) + 1) if any(stop in text[:size] for stop in stops)), None)
+    expected = text if shown is None else shown[: min(shown.find(stop) for stop in stops if stop in shown)]
     assert answer.content == "".join(delta.text for delta in deltas) == expected
     assert answer.tokens == [token for delta in deltas for token in delta.tokens]
     assert b"".join(answer.vocabulary.bytes(token.id) for token in answer.tokens).decode() == expected
-    assert answer.stopped is bool(cuts)
+    assert answer.stopped is (shown is not None)
 
 
 def test_no_text_of_a_stop_is_shown_before_it_is_known_not_to_be_one(template):
@@ -95,6 +96,17 @@ def test_why_an_answer_ended(template):
             answer.push(Token(id))
         answer.end(engine)
         assert answer.reason == reason
+
+
+def test_json_with_another_chat_format(tiny_llama):
+    template = load_template(load_tokenizer(tiny_llama))
+    words = Vocabulary(template, len(template.tokenizer))
+    grammar = words.grammar({"type": "object", "properties": {"a": {"type": "integer"}}}, [], None)
+    for text, allowed in (('{"a": 1}<|im_end|>', True), ('{"a": "x"}<|im_end|>', False), ("hi", False)):
+        mask, ids = words.follow(grammar), ids_of(template, text)
+        assert all(mask(ids[:place])[id] for place, id in enumerate(ids)) is allowed
+    with pytest.raises(ApiError, match="only none and auto"):
+        words.grammar(None, [{"function": {"name": "f"}}], "f")
 
 
 def test_schemas_that_are_too_deep():

@@ -36,10 +36,10 @@ class Metrics:
         )
 
     def watch(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
-        """Report how many answers wait for their first token and how many are in the engine."""
+        """Report how many answers wait for their first token and how many are being generated."""
         for name, help, count in (
             ("ossia_queue_depth", "Answers that wait for their first token", waiting),
-            ("ossia_running", "Answers in the engine", running),
+            ("ossia_running", "Answers that are being generated", running),
         ):
             Gauge(name, help, registry=self.registry).set_function(count)
 

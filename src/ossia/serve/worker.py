@@ -101,7 +101,10 @@ class Worker:
         self._inbox: queue.SimpleQueue[tuple[str, _Job | None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
-        metrics.watch(lambda: sum(not job.tokens for job in list(self._jobs)), lambda: len(self._running))
+        metrics.watch(
+            lambda: sum(not job.tokens for job in self._jobs),
+            lambda: sum(bool(job.request.tokens) for job in list(self._running.values())),
+        )
 
     def start(self) -> None:
         """Begin; from within the event loop."""
