@@ -43,12 +43,6 @@ def browser():
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS.split()])
 
 
-@pytest.fixture(scope="module")
-def server(tiny_gpt_oss):
-    with scripted(tiny_gpt_oss) as found:
-        yield found
-
-
 @pytest.fixture
 def page(browser, server):
     context = browser.new_context()

@@ -46,13 +46,6 @@ def ask(text, **more):
 
 
 @pytest.fixture(scope="module")
-def server(tiny_gpt_oss):
-    """One whose engine says what it is told."""
-    with scripted(tiny_gpt_oss, "--max_messages", 20, "--max_body_size", "200KB", "--max_new_tokens", 2000) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def client(server):
     return server.client()
 
@@ -375,14 +368,14 @@ def test_a_full_queue_a_key_and_a_graceful_stop(tiny_gpt_oss):
 
 def test_a_stop_that_is_tired_of_waiting(tiny_gpt_oss):
     with scripted(tiny_gpt_oss, "--shutdown_timeout", 0.3) as server:
-        stream = server.client().chat.completions.create(**ask("slow 1000", stream=True))
+        stream = server.client().chat.completions.create(**ask("slow 3000", stream=True))
         next(stream)
         started = time.monotonic()
         server.process.send_signal(signal.SIGINT)
         with pytest.raises(openai.APIError, match="the server was stopped"):
             list(stream)
         assert server.process.wait(10) == 0
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 20
 
 
 def test_several_adapters_answer_as_each_alone(real, tiny_gpt_oss, adapters):
