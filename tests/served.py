@@ -172,4 +172,4 @@ if __name__ == "__main__":
     template = load_template(load_tokenizer(Path(folder)), config.template)
     engine = ScriptedEngine(template, len(template.tokenizer) + 3, ["tuned"], config.max_batch_size)
     with listen(config) as opened:
-        serve(engine, config, "base", opened, _key(config))
+        serve(engine, {"tuned": template, None: template}, config, "base", opened, _key(config))

@@ -17,6 +17,7 @@ from tests.served import scripted, serving
 
 from ossia.adapters.inject import add_lora
 from ossia.adapters.io import load_adapter, save_adapter
+from ossia.config import SftConfig
 from ossia.infer.engine import Engine, Sampling
 from ossia.model.load import load_model
 from ossia.model.tokenizer import load_tokenizer
@@ -34,6 +35,7 @@ WEATHER = {
     },
 }
 CALL = 'say <|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.weather<|channel|>commentary <|constrain|>json<|message|>{"city": "Oslo"}<|call|>'
+SYSTEM = "Be kind."
 TOOLS = [{"type": "function", "function": WEATHER}]
 SCHEMA = {
     "type": "json_schema",
@@ -52,13 +54,15 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def adapters(tiny_gpt_oss, tmp_path_factory):
-    """Two adapters of different targets."""
+    """Two adapters of different targets; the second's run had a system text."""
     folders = []
     for seed, targets in ((1, {"target_experts": "auto"}), (2, {"target_experts": "none"})):
         model = add_lora(load_model(tiny_gpt_oss, device="cpu"), rank=4, **targets)
         randomise(model, seed)
         folders.append(tmp_path_factory.mktemp("run") / f"tuned-{seed}")
         save_adapter(model, folders[-1], str(tiny_gpt_oss))
+    options = SftConfig(model=str(tiny_gpt_oss), dataset=["rows.jsonl"], system=SYSTEM)
+    options.save(folders[1].parent / "config.yaml")
     return folders
 
 
@@ -385,10 +389,10 @@ def test_several_adapters_answer_as_each_alone(real, tiny_gpt_oss, adapters):
     assert names == ["tuned-1", "second", tiny_gpt_oss.name]
     assert [getattr(model, "parent", None) for model in models] == [names[2], names[2], None]
     assert client.models.retrieve("second").id == "second"
-    template = load_template(load_tokenizer(tiny_gpt_oss), "harmony")
-    prompt = template.prompt([Message("user", "2+2?")])
     said = []
-    for name, adapter in zip(names, (*adapters, None), strict=True):
+    for name, adapter, system in zip(names, (*adapters, None), (None, SYSTEM, None), strict=True):
+        template = load_template(load_tokenizer(tiny_gpt_oss), "harmony", system=system)
+        prompt = template.prompt([Message("user", "2+2?")])
         model = load_model(tiny_gpt_oss, device="cpu")
         alone = Engine(model if adapter is None else load_adapter(model, adapter), template)
         expected = template.parse(alone.generate([prompt], Sampling(max_new_tokens=24))[0])
@@ -396,6 +400,7 @@ def test_several_adapters_answer_as_each_alone(real, tiny_gpt_oss, adapters):
             model=name, messages=[{"role": "user", "content": "2+2?"}], temperature=0, max_tokens=24
         )
         message = answer.choices[0].message
+        assert answer.usage.prompt_tokens == len(prompt)
         assert (message.content or "", getattr(message, "reasoning_content", "")) == (
             expected.content,
             expected.thinking,

@@ -27,7 +27,9 @@ async def chat_ask(service: Service, body: ChatRequest) -> Ask:
     call = None if choice in ("auto", "none") else "" if choice == "required" else choice.function.name  # type: ignore[union-attr]
     schema = _schema(body)
     messages = conversation(body.messages, service.config.max_messages)
-    prompt, grammar = await prepare(service, messages, tools, choice == "none", call, schema, body.reasoning_effort)
+    prompt, grammar = await prepare(
+        service, adapter, messages, tools, choice == "none", call, schema, body.reasoning_effort
+    )
     asked, field = body.max_completion_tokens, "max_completion_tokens"
     if asked is None:
         asked, field = body.max_tokens, "max_tokens"
@@ -51,6 +53,7 @@ async def chat_ask(service: Service, body: ChatRequest) -> Ask:
 
 async def prepare(
     service: Service,
+    adapter: str | None,
     messages: list[Message],
     tools: list[dict[str, Any]],
     hidden: bool,
@@ -76,7 +79,7 @@ async def prepare(
     tools = [] if hidden else tools
     if schema is not None:
         check_schema(schema, "response_format")
-    prompt = await service.prompt(messages, tools, effort)
+    prompt = await service.prompt(adapter, messages, tools, effort)
     strict = any(tool["function"].get("strict") for tool in tools)
     constrained = schema is not None or call is not None or strict
     return prompt, await service.grammar(schema, tools, call) if constrained else None

@@ -35,7 +35,7 @@ async def response_ask(service: Service, body: ResponsesRequest) -> Ask:
         call = ""
     messages = conversation(body, service.config.max_messages)
     effort = body.reasoning.effort if body.reasoning else None
-    prompt, grammar = await prepare(service, messages, tools, choice == "none", call, _schema(body), effort)
+    prompt, grammar = await prepare(service, adapter, messages, tools, choice == "none", call, _schema(body), effort)
     wanted = LOGPROBS in (body.include or []) or body.top_logprobs is not None
     return Ask(
         prompts=[prompt],

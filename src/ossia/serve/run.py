@@ -21,6 +21,7 @@ from ossia.config.serve import ServeConfig
 from ossia.console import say
 from ossia.errors import OssiaError, UsageError
 from ossia.infer.run import model_of, template_of
+from ossia.template.base import Template
 from ossia.train.folder import run_of
 
 if TYPE_CHECKING:
@@ -43,12 +44,12 @@ def run(config: ServeConfig) -> None:
         raise OssiaError(f"ossia serve needs {', '.join(missing)}; pip install 'ossia[serve]'")
     names = named_adapters(config.adapters)
     with listen(config) as opened:
-        base, load = prepare(config, names)
+        base, templates, load = prepare(config, names)
         if config.dry_run:
             say(config.to_yaml().rstrip())
             say(f"would serve {', '.join([*names, base])} at {url(config.host, opened)}")
             return
-        serve(load(), config, base, opened, key)
+        serve(load(), templates, config, base, opened, key)
 
 
 def _key(config: ServeConfig) -> str | None:
@@ -116,16 +117,22 @@ def named_adapters(words: list[str]) -> dict[str, Path]:
     return found
 
 
-def prepare(config: ServeConfig, adapters: dict[str, Path]) -> tuple[str, Callable[[], Engine]]:
-    """(name of the base, what loads the engine); everything wrong with names and files is said here."""
+def prepare(
+    config: ServeConfig, adapters: dict[str, Path]
+) -> tuple[str, dict[str | None, Template], Callable[[], Engine]]:
+    """(name of the base, template of each model, what loads the engine); what is wrong with names and files is said
+    here."""
     from ossia.adapters.origin import check_origin
 
     shared = {field.name for field in dataclasses.fields(InferConfig)} & set(config.to_dict())
     options = {name: value for name, value in config.to_dict().items() if name in shared}
-    paths = [str(path) for path in adapters.values()]
-    # The first adapter's run settles the template, as in ossia infer.
-    infer = InferConfig(**{**options, "adapters": paths})
+    # Each adapter's run settles its template, as in ossia infer; the base is asked as the first adapter is.
+    templates: dict[str | None, Template] = {}
+    for name, path in adapters.items():
+        _, templates[name] = template_of(InferConfig(**{**options, "adapters": [str(path)]}))
+    infer = InferConfig(**{**options, "adapters": [str(path) for path in adapters.values()]})
     folder, template = template_of(infer)
+    templates[None] = template
     for path in adapters.values():
         check_origin(path, folder)
     base = config.base_name(folder)
@@ -145,11 +152,26 @@ def prepare(config: ServeConfig, adapters: dict[str, Path]) -> tuple[str, Callab
             model, template, adapters=peft, max_batch_size=config.max_batch_size, max_length=config.max_length
         )
 
-    return base, load
+    return base, templates, load
 
 
-def serve(engine: Engine, config: ServeConfig, base: str, opened: socket.socket, key: str | None) -> None:
+def serve(
+    engine: Engine,
+    templates: dict[str | None, Template],
+    config: ServeConfig,
+    base: str,
+    opened: socket.socket,
+    key: str | None,
+) -> None:
     """Answer requests until SIGTERM or Ctrl-C; a second one leaves at once.
+
+    Args:
+        engine: with every model.
+        templates: by adapter, and None for the base.
+        config: the limits.
+        base: name of the base model.
+        opened: what `listen` gave.
+        key: see `build_app`.
 
     Raises:
         OssiaError: the engine broke down.
@@ -160,7 +182,7 @@ def serve(engine: Engine, config: ServeConfig, base: str, opened: socket.socket,
     from ossia.serve.errors import ApiError
     from ossia.serve.service import Service
 
-    service = Service(engine, config, base)
+    service = Service(engine, templates, config, base)
     where = url(config.host, opened)
 
     class Server(uvicorn.Server):

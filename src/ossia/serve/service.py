@@ -21,6 +21,7 @@ from ossia.serve.errors import ApiError, bad
 from ossia.serve.grammar import Mask, Vocabulary
 from ossia.serve.metrics import Metrics
 from ossia.serve.worker import Prompt, Work, Worker
+from ossia.template.base import Template
 from ossia.template.messages import Message
 
 DEEPEST = 32
@@ -95,10 +96,11 @@ class Run:
 
 
 class Service:
-    """The models that are served."""
+    """The models that are served; `templates` by adapter, and None for the base."""
 
-    def __init__(self, engine: Engine, config: ServeConfig, base: str) -> None:
+    def __init__(self, engine: Engine, templates: dict[str | None, Template], config: ServeConfig, base: str) -> None:
         self.engine = engine
+        self.templates = templates
         self.config = config
         self.created = int(time.time())
         self.metrics = Metrics()
@@ -137,9 +139,11 @@ class Service:
         except RecursionError:
             raise bad("nested too deeply") from None
 
-    async def prompt(self, messages: list[Message], tools: Sequence[dict[str, Any]], effort: str | None) -> list[int]:
+    async def prompt(
+        self, adapter: str | None, messages: list[Message], tools: Sequence[dict[str, Any]], effort: str | None
+    ) -> list[int]:
         """Token ids after which the model answers."""
-        template = self.engine.template
+        template = self.templates[adapter]
         return await self.off_loop(lambda: template.prompt(messages, tools=tools, reasoning_effort=effort))
 
     async def grammar(self, schema: dict[str, Any] | None, tools: list[dict[str, Any]], call: str | None) -> LLMatcher:
