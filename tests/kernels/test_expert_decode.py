@@ -98,7 +98,7 @@ def test_every_code_with_every_scale(triton_device):
 def test_gpt_oss_sizes(triton_device):
     if triton_device == "cpu":
         pytest.skip("takes minutes in the interpreter")
-    for tokens in (1, 8, 64):
-        inputs, want = case(tokens, 4, 32, 2880, 2880, 8, triton_device, torch.bfloat16)
+    for tokens in (1, 64):
+        inputs, want = case(tokens, 2, 4, 2880, 2880, 8, triton_device, torch.bfloat16)
         got = expert_decode(*inputs, blocks=True)
         assert (got.double() - want).norm() <= 1.2e-2 * want.norm()

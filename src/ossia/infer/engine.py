@@ -24,6 +24,8 @@ Allowed = Callable[[list[int]], Tensor | None]
 """From the answer's ids so far, which ids may come next: bool [V], or None for any."""
 
 _DEFAULT: Any = object()
+_PROMPT_TOKENS = 16384
+"""No prompt starts in a step behind so many tokens of others."""
 
 
 class Request:
@@ -177,17 +179,23 @@ class Engine:
         return self._base_alone()
 
     def _admit(self) -> list[tuple[Request, Token]]:
-        came: list[tuple[Request, Token]] = []
-        while self._waiting and len(self._active) < self.max_batch_size:
+        """Start requests in their order, as many as fit; of many long prompts some now, to keep the others going."""
+        admitted: dict[str | None, list[int]] = {}
+        read = 0
+        while self._waiting and len(self._active) < self.max_batch_size and read < _PROMPT_TOKENS:
             request = self._waiting[0]
+            place = min(set(range(self.max_batch_size)) - self._active.keys())
             tokens = min(len(request.prompt) + request.sampling.max_new_tokens, self.max_length)
-            if not self._runner.has_room(tokens):
+            if not self._runner.reserve(place, tokens):
                 break
             self._waiting.popleft()
-            place = min(set(range(self.max_batch_size)) - self._active.keys())
             self._active[place] = request
-            logits_V = self._runner.start(place, request.prompt, tokens, self._peft_name(request.adapter))
-            came += self._take([place], logits_V[None])
+            admitted.setdefault(request.adapter, []).append(place)
+            read += len(request.prompt)
+        came: list[tuple[Request, Token]] = []
+        for adapter, places in admitted.items():
+            prompts = [self._active[place].prompt for place in places]
+            came += self._take(places, self._runner.start(places, prompts, self._peft_name(adapter)))
         return came
 
     def _take(self, places: list[int], logits_BV: Tensor) -> list[tuple[Request, Token]]:

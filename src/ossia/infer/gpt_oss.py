@@ -21,11 +21,12 @@ from ossia.adapters.linear import LinearLora
 from ossia.errors import OssiaError
 from ossia.infer.runner import with_adapter
 from ossia.kernels.expert_decode import MAX_SCALE, expert_decode
-from ossia.kernels.expert_mlp import Adapter
+from ossia.kernels.expert_mlp import Adapter, Memory
 from ossia.kernels.paged_attention import Pages, append, attend, fill
 from ossia.kernels.rms_norm import add_rms_norm, rms_norm
 from ossia.kernels.route import route
 from ossia.kernels.sizes import ceil_div, power_of_two
+from ossia.model import attention
 from ossia.model.experts import Experts, fuses
 from ossia.model.gpt_oss import OssiaGptOssForCausalLM
 from ossia.model.names import PROJECTIONS
@@ -34,6 +35,10 @@ PAGE = 128
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 _PROJECTED = ("q_proj", "k_proj", "v_proj")
 _ADAPTED = (*_PROJECTED, "o_proj", "mlp.experts")
+_GROUP = 16384
+"""Tokens of prompts in one forward, at most."""
+_LEAST_FILLED = 0.75
+"""Of the longest prompt of a forward, the length of the shortest."""
 _SHARE = 0.5
 """Of the free memory, for keys and values; prompts need the rest."""
 
@@ -109,28 +114,59 @@ class GptOssRunner:
         self._lengths: dict[int, int] = {}
         self._layers: dict[str | None, list[_Layer]] = {}
         self._graphs: dict[tuple[str | None, int], _Graph] = {}
-        self._from_blocks = fuses(base.lm_head.weight) and all(
-            _has_small_blocks(_experts(layer)) for layer in base.model.layers
-        )
+        experts = [_experts(layer) for layer in base.model.layers]
+        self._from_blocks = fuses(base.lm_head.weight) and all(map(_has_small_blocks, experts))
+        self._group = self._fit_prompts(experts, _free_bytes(device))
 
-    def has_room(self, tokens: int) -> bool:
-        return ceil_div(tokens, PAGE) <= len(self._free_pages)
+    def _fit_prompts(self, experts: Sequence[Experts], free: int) -> int:
+        """How many tokens of prompts one forward may take; where little memory is left, experts are expanded for it in
+        parts."""
+        config = self._config
+        hidden, inner, count = config.hidden_size, config.intermediate_size, config.num_local_experts
+        values = config.num_experts_per_tok * (hidden + 3 * inner)
+        values += 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        expanded = 3 * hidden * inner * count * self._base.dtype.itemsize
+        if free < 2 * expanded:
+            for module in experts:
+                module.memory = Memory(experts=max(1, count // 8))
+        return max(1, min(_GROUP, free // (4 * values * self._base.dtype.itemsize)))
 
-    def start(self, place: int, prompt: list[int], tokens: int, adapter: str | None) -> Tensor:
-        owned = self._owned[place] = [self._free_pages.pop() for _ in range(ceil_div(tokens, PAGE))]
-        self._table[place, : len(owned)] = torch.tensor(owned, dtype=torch.int32)
-        self._lengths[place] = len(prompt)
-        cache: Any = DynamicCache()
+    def reserve(self, place: int, tokens: int) -> bool:
+        count = ceil_div(tokens, PAGE)
+        if count > len(self._free_pages):
+            return False
+        owned = self._owned[place] = [self._free_pages.pop() for _ in range(count)]
+        self._table[place, :count] = torch.tensor(owned, dtype=torch.int32)
+        return True
+
+    def start(self, places: Sequence[int], prompts: Sequence[list[int]], adapter: str | None) -> Tensor:
+        logits_BV = self._base.lm_head.weight.new_empty(len(prompts), self._config.vocab_size)
+        # Our attention sees no padding on the right; any other would take a mask for it.
+        least = _LEAST_FILLED if self._config._attn_implementation == attention.NAME else 1.0
+        for rows in _groups([len(prompt) for prompt in prompts], least, self._group):
+            logits_BV[rows] = self._prefill([places[row] for row in rows], [prompts[row] for row in rows], adapter)
+        return logits_BV
+
+    def _prefill(self, places: list[int], prompts: list[list[int]], adapter: str | None) -> Tensor:
+        """Logits [B, V] after prompts of about one length, in one forward."""
+        lengths, device = [len(prompt) for prompt in prompts], self._base.device
+        ids_BS = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=device)
+        ours, cache = self._config._attn_implementation == attention.NAME, DynamicCache()
         with with_adapter(self._model, adapter):
-            out = self._base(
-                input_ids=torch.tensor([prompt], device=self._base.device),
+            hidden_BSH = self._base.model(
+                input_ids=ids_BS,
+                attention_mask=dict.fromkeys(self._config.layer_types) if ours else None,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
-            )
-        for pages, layer in zip(self._pages, cache.layers, strict=True):
-            fill(pages, place, layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1))
-        return out.logits[0, -1]
+            ).last_hidden_state
+        layers: list[Any] = list(cache.layers)
+        for row, (place, length) in enumerate(zip(places, lengths, strict=True)):
+            self._lengths[place] = length
+            for pages, layer in zip(self._pages, layers, strict=True):
+                keys_and_values = (x[row, :, :length].transpose(0, 1) for x in (layer.keys, layer.values))
+                fill(pages, place, *keys_and_values)
+        last = torch.tensor(lengths, device=device) - 1
+        return self._base.lm_head(hidden_BSH[torch.arange(len(lengths), device=device), last])
 
     def step(self, places: Sequence[int], tokens: Sequence[int], adapter: str | None) -> Tensor:
         positions = [self._lengths[place] for place in places]
@@ -162,8 +198,8 @@ class GptOssRunner:
             hidden_BH, normal_BH = add_rms_norm(hidden_BH, None, before.weight, before.variance_epsilon)
             qkv_BHD = layer.qkv(normal_BH).view(len(normal_BH), -1, config.head_dim)
             q_BND = append(qkv_BHD, self._cos, self._sin, pages, place_B, position_B)
-            attention = layer.module.self_attn
-            said_BND = attend(q_BND, pages, place_B, position_B, attention.sinks, attention.scaling)
+            heads = layer.module.self_attn
+            said_BND = attend(q_BND, pages, place_B, position_B, heads.sinks, heads.scaling)
             attended_BH = layer.out(said_BND.flatten(1))
             total_BH, normal_BH = add_rms_norm(attended_BH, hidden_BH, after.weight, after.variance_epsilon)
             router, experts = layer.module.mlp.router, layer.experts
@@ -206,6 +242,20 @@ class _Graph:
         return self._result
 
 
+def _groups(lengths: list[int], least: float, tokens: int) -> list[list[int]]:
+    """Rows of one forward each: at most so many tokens with padding, or one row; none shorter than `least` of the
+    longest."""
+    groups: list[list[int]] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if groups and lengths[row] >= least * longest and (len(groups[-1]) + 1) * longest <= tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+            longest = lengths[row]
+    return groups
+
+
 def _base(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -230,12 +280,11 @@ def _has_small_blocks(experts: Experts) -> bool:
 
 
 def _layer(module: Any, adapter: str | None) -> _Layer:
-    attention = module.self_attn
-    parts = [getattr(attention, name) for name in _PROJECTED]
-    weight, bias = attention.stacked()
-    qkv = _adapted(weight, bias, parts, adapter)
-    linear = getattr(attention.o_proj, "base_layer", attention.o_proj)
-    out = _adapted(linear.weight, linear.bias, [attention.o_proj], adapter)
+    heads = module.self_attn
+    weight, bias = heads.stacked()
+    qkv = _adapted(weight, bias, [getattr(heads, name) for name in _PROJECTED], adapter)
+    linear = getattr(heads.o_proj, "base_layer", heads.o_proj)
+    out = _adapted(linear.weight, linear.bias, [heads.o_proj], adapter)
     lora, pair, scale = module.mlp.experts, None, 1.0
     if isinstance(lora, ExpertsLora) and adapter in lora.r:
         sides = [[getattr(lora, f"lora_{side}_{name}")[adapter] for side in "AB"] for name in PROJECTIONS]

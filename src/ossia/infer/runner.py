@@ -17,12 +17,12 @@ class Runner(Protocol):
 
     max_length: int
 
-    def has_room(self, tokens: int) -> bool:
-        """Whether one more request of so many tokens, prompt and answer, can start now."""
+    def reserve(self, place: int, tokens: int) -> bool:
+        """Take room for a request of so many tokens, prompt and answer; False where there is none now."""
         ...
 
-    def start(self, place: int, prompt: list[int], tokens: int, adapter: str | None) -> Tensor:
-        """Logits [V] after a prompt, whose request may grow to `tokens`."""
+    def start(self, places: Sequence[int], prompts: Sequence[list[int]], adapter: str | None) -> Tensor:
+        """Logits [B, V] after prompts, whose places are reserved."""
         ...
 
     def step(self, places: Sequence[int], tokens: Sequence[int], adapter: str | None) -> Tensor:
@@ -42,12 +42,14 @@ class CachedRunner:
         self.max_length = max_length
         self._caches: dict[int, Any] = {}
 
-    def has_room(self, tokens: int) -> bool:
+    def reserve(self, place: int, tokens: int) -> bool:
+        self._caches[place] = DynamicCache(config=self.model.config)
         return True
 
-    def start(self, place: int, prompt: list[int], tokens: int, adapter: str | None) -> Tensor:
-        self._caches[place] = DynamicCache(config=self.model.config)
-        return self._forward(place, prompt, adapter)
+    def start(self, places: Sequence[int], prompts: Sequence[list[int]], adapter: str | None) -> Tensor:
+        return torch.stack(
+            [self._forward(place, prompt, adapter) for place, prompt in zip(places, prompts, strict=True)]
+        )
 
     def step(self, places: Sequence[int], tokens: Sequence[int], adapter: str | None) -> Tensor:
         return torch.stack(
