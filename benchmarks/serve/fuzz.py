@@ -49,6 +49,9 @@ def fuzz(server: Server, cases: int, seed: int = 0) -> dict[str, Any]:
             )
             @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
             def one(case: Any) -> None:
+                if isinstance(case.body, dict) and len(case.body) % 2:
+                    # An unknown model would hide the rest of the body.
+                    case.body.pop("model", None)
                 answer = case.call(base_url=server.url, timeout=60)
                 statuses[str(answer.status_code)] += 1
                 if answer.status_code >= 500:

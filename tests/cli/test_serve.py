@@ -17,6 +17,7 @@ from tests.served import scripted, serving
 
 from ossia.adapters.inject import add_lora
 from ossia.adapters.io import load_adapter, save_adapter
+from ossia.cli import main
 from ossia.config import SftConfig
 from ossia.infer.engine import Engine, Sampling
 from ossia.model.load import load_model
@@ -370,12 +371,15 @@ def test_a_full_queue_a_key_and_a_graceful_stop(tiny_gpt_oss):
         assert "s3cret" not in "\n".join(server.lines)
 
 
-def test_a_stop_that_is_tired_of_waiting(tiny_gpt_oss):
-    with scripted(tiny_gpt_oss, "--shutdown_timeout", 0.3) as server:
+@pytest.mark.parametrize(("timeout", "signals"), [(0.3, 1), (60, 2)])
+def test_a_stop_that_does_not_wait(tiny_gpt_oss, timeout, signals):
+    with scripted(tiny_gpt_oss, "--shutdown_timeout", timeout) as server:
         stream = server.client().chat.completions.create(**ask("slow 3000", stream=True))
         next(stream)
         started = time.monotonic()
-        server.process.send_signal(signal.SIGINT)
+        for _ in range(signals):
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
         with pytest.raises(openai.APIError, match="the server was stopped"):
             list(stream)
         assert server.process.wait(10) == 0
@@ -423,41 +427,54 @@ def test_seeds(real):
     assert len(set(say(seed=5, n=3))) == 3
 
 
-def test_wrong_usage_before_anything_loads(ossia, tiny_gpt_oss, adapters):
-    serve = ("serve", "--model", tiny_gpt_oss)
-    assert "so a key is needed" in ossia.fails(2, *serve, "--host", "0.0.0.0")
-    assert "did you mean '--port'" in ossia.fails(2, *serve, "--prot", 1)
-    assert "--port is 70000" in ossia.fails(2, *serve, "--port", 70000)
-    assert "takes a size" in ossia.fails(2, *serve, "--max_body_size", "big")
-    assert "no such address" in ossia.fails(2, *serve, "--host", "no.such.host.invalid", env={"OSSIA_API_KEY": "x"})
-    assert "two are called one" in ossia.fails(2, "serve", "--adapters", f"one={adapters[0]}", f"one={adapters[1]}")
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """`command(code, …)`: what `ossia serve …` prints, run in this process."""
+    monkeypatch.delenv("OSSIA_API_KEY", raising=False)
+
+    def run(code, *args):
+        capsys.readouterr()
+        assert main(["serve", *map(str, args)]) == code
+        done = capsys.readouterr()
+        return done.err if code else done.out
+
+    return run
+
+
+def test_wrong_usage_before_anything_loads(command, tiny_gpt_oss, adapters, monkeypatch):
+    model = ("--model", tiny_gpt_oss)
+    monkeypatch.setattr("ossia.serve.run.model_of", None)
+    assert "so a key is needed" in command(2, *model, "--host", "0.0.0.0")
+    assert "did you mean '--port'" in command(2, *model, "--prot", 1)
+    assert "--port is 70000" in command(2, *model, "--port", 70000)
+    assert "takes a size" in command(2, *model, "--max_body_size", "big")
+    assert "no such address" in command(2, *model, "--host", "no.such.host.invalid", "--api_key", "x")
+    assert "two are called one" in command(2, "--adapters", f"one={adapters[0]}", f"one={adapters[1]}")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        started = time.monotonic()
-        assert f"--port {port} is in use" in ossia.fails(1, *serve, "--port", port)
-        assert time.monotonic() - started < 20
-    out = ossia.ok(*serve, "--port", 0, "--dry_run", "true", "--api_key", "s3cret")
+        assert f"--port {port} is in use" in command(1, *model, "--port", port)
+    out = command(0, *model, "--port", 0, "--dry_run", "true", "--api_key", "s3cret")
     assert re.search(r"would serve gpt-oss at http://127\.0\.0\.1:\d+$", out)
     assert "s3cret" not in out
 
 
-def test_vllm(ossia, tiny_gpt_oss, tiny_llama, adapters, tmp_path):
-    vllm = ("serve", "--backend", "vllm", "--model")
-    out = ossia.ok(*vllm, tiny_gpt_oss, "--dry_run", "true", "--api_key", "s3cret", "--max_length", 8192)
+def test_vllm(command, ossia, tiny_gpt_oss, tiny_llama, adapters, tmp_path):
+    vllm = ("--backend", "vllm", "--model")
+    out = command(0, *vllm, tiny_gpt_oss, "--dry_run", "true", "--api_key", "s3cret", "--max_length", 8192)
     expected = (
         f"vllm serve {tiny_gpt_oss} --served-model-name gpt-oss --host 127.0.0.1 --port 8000 --max-model-len 8192"
     )
     assert out == f"{expected} --reasoning-parser openai_gptoss --tool-call-parser openai --enable-auto-tool-choice\n"
-    assert "parser" not in ossia.ok(*vllm, tiny_llama, "--dry_run", "true")
-    assert "pip install vllm" in ossia.fails(1, *vllm, tiny_llama)
-    assert "export --adapters" in ossia.fails(2, *vllm, tiny_gpt_oss, "--adapters", adapters[0])
-    assert "--max_queue is not for --backend vllm" in ossia.fails(2, *vllm, tiny_llama, "--max_queue", 3)
+    assert "parser" not in command(0, *vllm, tiny_llama, "--dry_run", "true")
+    assert "pip install vllm" in command(1, *vllm, tiny_llama)
+    assert "export --adapters" in command(2, *vllm, tiny_gpt_oss, "--adapters", adapters[0])
+    assert "--max_queue is not for --backend vllm" in command(2, *vllm, tiny_llama, "--max_queue", 3)
     fake = tmp_path / "bin" / "vllm"
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\necho "$VLLM_API_KEY $*"\nexit 7\n')
     fake.chmod(0o755)
-    done = ossia(*vllm, tiny_llama, env={"PATH": f"{fake.parent}:/usr/bin:/bin", "OSSIA_API_KEY": "k"})
+    done = ossia("serve", *vllm, tiny_llama, env={"PATH": f"{fake.parent}:/usr/bin:/bin", "OSSIA_API_KEY": "k"})
     assert done.returncode == 7
     assert done.stdout.splitlines()[-1].startswith(f"k serve {tiny_llama}")

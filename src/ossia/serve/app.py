@@ -51,7 +51,6 @@ def build_app(service: Service, key: str | None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
         yield
-        service.worker.stop(10)
 
     app = FastAPI(title="Ossia", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Guard, service=service, key=key)

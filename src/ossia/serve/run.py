@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import gc
 import ipaddress
 import os
 import re
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from ossia.infer.engine import Engine
 
 KEY = "OSSIA_API_KEY"
+LAST_STEP = 2.0
+"""Seconds that the engine has to come to the end of its step."""
 NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
@@ -199,7 +202,7 @@ def serve(
 
         def leave(self) -> None:
             if service.stopping:
-                self.should_exit = self.force_exit = True
+                self.should_exit = True
                 service.worker.abandon(ApiError(503, "the server was stopped", code="stopping"))
                 return
             service.stopping = True
@@ -224,9 +227,14 @@ def serve(
         access_log=False,
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=2,
     )
+    # What is loaded by now stays: collections while serving, and at the end, need not walk through it.
+    gc.freeze()
     Server(options).run(sockets=[opened])
     if service.worker.broken:
         raise OssiaError(f"the engine has failed: {service.worker.broken}")
     say("stopped")
+    if not service.worker.stop(LAST_STEP):
+        # A thread of torch that is still at work would abort the process at the interpreter's end.
+        os._exit(0)

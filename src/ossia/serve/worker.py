@@ -111,10 +111,11 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def stop(self, seconds: float) -> None:
-        """End the thread; a step that takes longer than `seconds` is left to the process's end."""
+    def stop(self, seconds: float) -> bool:
+        """End the thread; False where it is still in a step after `seconds`."""
         self._inbox.put(("quit", None))
         self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     @property
     def unfinished(self) -> int:
