@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -332,6 +333,24 @@ def test_a_failing_step_fails_its_answers_alone(server, client):
         with pytest.raises(openai.APIError, match="the engine failed on this answer"):
             list(client.chat.completions.create(**ask("fail", stream=stream)))
         assert client.chat.completions.create(**ask("ok")).choices[0].message.content == "base: ok"
+
+
+def test_a_failing_step_fails_none_of_those_that_wait(server):
+    def post(text):
+        return pool.submit(server.post, "/v1/chat/completions", ask(text))
+
+    with ThreadPoolExecutor(16) as pool:
+        # Eight places: "fail" gets the first that is free, "later" comes after it.
+        running = [post("slow 900") for _ in range(7)]
+        server.until("ossia_running", 7)
+        short = post("slow 100")
+        server.until("ossia_running", 8)
+        fails = post("fail")
+        server.until("ossia_queue_depth", 1)
+        later = post("later")
+        assert short.result()[0] == 200
+        assert [done.result()[0] for done in (*running, fails)] == [500] * 8
+        assert later.result()[0] == 200
 
 
 def test_an_engine_that_keeps_failing_ends_the_process(tiny_gpt_oss):

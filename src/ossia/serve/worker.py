@@ -7,7 +7,9 @@ import queue
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -97,6 +99,8 @@ class Worker:
         self.broken: str | None = None
         self.on_broken: Callable[[], None] = lambda: None
         self._jobs: set[_Job] = set()
+        # Of the thread alone; no more are in the engine than it decodes at a time, so that a failure ends no others.
+        self._waiting: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}
         self._inbox: queue.SimpleQueue[tuple[str, _Job | None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -180,8 +184,10 @@ class Worker:
             job.work._items.put_nowait((job.index, item))
 
     def _send(self, came: list[tuple[_Job, Item]]) -> None:
-        if came and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, came)
+        if came:
+            assert self._loop is not None
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._deliver, came)
 
     def _run(self) -> None:
         failures = 0
@@ -206,18 +212,27 @@ class Worker:
             self._send(items)
 
     def _take(self) -> bool:
-        """Read the inbox, waiting only where there is nothing else to do; False at the end."""
+        """Read the inbox, waiting only where there is nothing else to do, and fill the engine; False at the end."""
         while True:
             try:
-                kind, job = self._inbox.get(block=not self.engine.busy)
+                kind, job = self._inbox.get(block=not (self.engine.busy or self._waiting))
             except queue.Empty:
-                return True
+                break
             if job is None:
                 return False
             if kind == "submit":
-                self._admit(job)
+                self._waiting.append(job)
+            elif job in self._waiting:
+                self._waiting.remove(job)
             elif job.request is not None and self._running.pop(id(job.request), None) is not None:
                 self.engine.cancel(job.request)
+            self._fill()
+        self._fill()
+        return True
+
+    def _fill(self) -> None:
+        while self._waiting and len(self._running) < self.engine.max_batch_size:
+            self._admit(self._waiting.popleft())
 
     def _admit(self, job: _Job) -> None:
         prompt = job.prompt
