@@ -55,10 +55,10 @@ def dtype_for(device):
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
-@pytest.mark.parametrize("rank", [0, 1, 8, 17])
+@pytest.mark.parametrize("rank", [0, 1, 17])
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "hidden", "inner"),
-    [(1, 4, 32, 64, 96), (1, 1, 3, 160, 32), (5, 2, 4, 96, 64), (19, 4, 5, 192, 160), (64, 4, 8, 32, 64)],
+    [(1, 4, 32, 64, 96), (1, 1, 3, 160, 32), (5, 2, 4, 96, 64), (19, 4, 5, 96, 160), (64, 4, 8, 32, 64)],
 )
 def test_outputs_against_float64(blocks, device, tokens, top_k, experts, hidden, inner, rank):
     dtype = dtype_for(device)
