@@ -25,7 +25,6 @@ from tests.served import Server, scripted
 
 from ossia.bench.run import measured_on
 
-
 GOOD = {
     "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": "hi"}], "logprobs": True},
     "/v1/completions": {"model": "base", "prompt": "hi"},
@@ -58,7 +57,7 @@ def fuzz(server: Server, cases: int, seed: int = 0) -> dict[str, Any]:
             def one(case: Any) -> None:
                 if isinstance(case.body, dict) and len(case.body) % 2:
                     # Said well, so that the rest of the body is looked at.
-                    case.body |= GOOD[operation.path]
+                    case.body |= GOOD[case.operation.path]
                 answer = case.call(base_url=server.url, timeout=60)
                 statuses[str(answer.status_code)] += 1
                 if answer.status_code >= 500:
