@@ -42,6 +42,9 @@ COMMANDS = {
     "infer": Command(
         "ossia.config:InferConfig", "ossia.infer.run:run", "talk to a model, or answer the rows of a file"
     ),
+    "serve": Command(
+        "ossia.config:ServeConfig", "ossia.serve.run:run", "serve models over HTTP, as OpenAI's API (also: deploy)"
+    ),
     "export": Command(
         "ossia.config:ExportConfig",
         "ossia.export.run:run",
@@ -52,6 +55,9 @@ COMMANDS = {
     ),
     "bench": Command("ossia.config:BenchConfig", "ossia.bench.run:run", "measure training on this GPU, random weights"),
 }
+
+
+ALIASES = {"deploy": "serve"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,6 +106,7 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _command(args: list[str]) -> tuple[str, list[str]]:
+    args = [ALIASES.get(args[0], args[0]), *args[1:]]
     two = " ".join(args[:2])
     if two in COMMANDS:
         return two, args[2:]

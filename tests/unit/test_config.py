@@ -13,6 +13,7 @@ from ossia.config import (
     ExportConfig,
     InferConfig,
     PreviewConfig,
+    ServeConfig,
     SftConfig,
     StatsConfig,
 )
@@ -39,7 +40,18 @@ def test_flags_of_sft_are_pinned():
 
 
 @pytest.mark.parametrize(
-    "cls", [BenchConfig, SftConfig, InferConfig, ExportConfig, DemoConfig, PreviewConfig, CheckConfig, StatsConfig]
+    "cls",
+    [
+        BenchConfig,
+        SftConfig,
+        InferConfig,
+        ServeConfig,
+        ExportConfig,
+        DemoConfig,
+        PreviewConfig,
+        CheckConfig,
+        StatsConfig,
+    ],
 )
 def test_every_field_has_help_and_a_group_that_is_shown(cls):
     for field in dataclasses.fields(cls):

@@ -26,6 +26,7 @@ ORDER = [
     "train",
     "bench",
     "infer",
+    "serve",
     "export",
     "demo",
     "cli",

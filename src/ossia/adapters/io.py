@@ -57,7 +57,7 @@ def adapter_tensors(model: PeftModel, adapter: str = "default") -> dict[str, Ten
     """The adapter's tensors by their names on disk, on the CPU."""
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, ExpertsLora):
+        if isinstance(module, ExpertsLora) and adapter in module.r:
             for projection in PROJECTIONS:
                 a_EIR = getattr(module, f"lora_A_{projection}")[adapter].detach()
                 b_ERO = getattr(module, f"lora_B_{projection}")[adapter].detach()
@@ -76,14 +76,30 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     Raises:
         OssiaError: damaged files, or an adapter of another base (shapes named).
     """
-    settings = read_settings(folder)
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError) as error:
-        raise OssiaError(f"{folder / CONFIG}: not a LoRA configuration that peft reads ({error})") from error
-    config.inference_mode = not trainable
-    wrapped = inject(model, config, _targets_on_disk(model, settings, folder))
-    load_adapter_tensors(wrapped, folder)
+    return load_adapters(model, {"default": folder}, trainable=trainable)
+
+
+def load_adapters(model: PreTrainedModel, folders: dict[str, Path], *, trainable: bool = False) -> PeftModel:
+    """Wrap `model` with several adapters, of which the first is active; see `load_adapter`.
+
+    Args:
+        model: from `load_model`.
+        folders: by PEFT's name of each adapter, which may have no dot.
+        trainable: whether they are to be trained on.
+    """
+    plans = []
+    for name, folder in folders.items():
+        settings = read_settings(folder)
+        try:
+            config = LoraConfig.from_pretrained(str(folder))
+        except (TypeError, ValueError) as error:
+            raise OssiaError(f"{folder / CONFIG}: not a LoRA configuration that peft reads ({error})") from error
+        config.inference_mode = not trainable
+        plans.append((name, config, _targets_on_disk(model, settings, folder)))
+    wrapped: Any = model
+    for name, config, targets in plans:
+        wrapped = inject(wrapped, config, targets, name)
+        load_adapter_tensors(wrapped, folders[name], name)
     return wrapped.train(trainable)
 
 
@@ -104,7 +120,7 @@ def load_adapter_tensors(model: PeftModel, folder: Path, adapter: str = "default
             )
     with torch.no_grad():
         for name, module in model.named_modules():
-            if isinstance(module, ExpertsLora):
+            if isinstance(module, ExpertsLora) and adapter in module.r:
                 for projection in PROJECTIONS:
                     prefix = f"{name}{_NEST[projection]}"
                     a_EIR = getattr(module, f"lora_A_{projection}")[adapter]
