@@ -33,7 +33,7 @@ def test_flags_of_sft_are_pinned():
         "lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 "
         "adam_epsilon max_grad_norm label_smoothing_factor optim gradient_checkpointing memory_budget dataloader_num_workers logging_steps "
         "per_device_eval_batch_size eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit "
-        "resume_from_checkpoint output_dir add_version report_to swanlab_project swanlab_workspace swanlab_exp_name "
+        "resume resume_from_checkpoint output_dir add_version report_to swanlab_project swanlab_workspace swanlab_exp_name "
         "swanlab_mode deepspeed use_liger_kernel bf16 fp16 dry_run"
     )
 

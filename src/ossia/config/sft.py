@@ -97,7 +97,15 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
     save_strategy: str = opt("steps", "when to save a checkpoint", group="eval", choices=["no", "steps", "epoch"])
     save_steps: int = opt(50, "optimizer steps between checkpoints", group="eval")
     save_total_limit: int | None = opt(None, "checkpoints kept; the best one is never deleted", group="eval")
-    resume_from_checkpoint: str | None = opt(None, "checkpoint-N folder to go on from", group="eval")
+    resume: str | None = opt(
+        None,
+        "go on in the same run folder: auto (the newest run of these options in --output_dir; none: start one), a run "
+        "folder, or its checkpoint-N",
+        group="eval",
+    )
+    resume_from_checkpoint: str | None = opt(
+        None, "go on from a checkpoint-N folder in a new run folder, also with other options", group="eval"
+    )
 
     output_dir: str = opt("output", "parent of the run's folder", group="track")
     add_version: bool = opt(True, "make output_dir/vN-<time>/; false: write into output_dir itself", group="track")
@@ -159,6 +167,8 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
             raise UsageError("nothing to train: give --num_train_epochs or --max_steps above 0")
         if self.learning_rate <= 0:
             raise UsageError(f"--learning_rate is {self.learning_rate}; it must be above 0")
+        if self.resume and self.resume_from_checkpoint:
+            raise UsageError("--resume goes on in the same run, --resume_from_checkpoint in a new one: give one")
         if self.fp16:
             raise UsageError("--fp16: gpt-oss overflows in fp16; use --torch_dtype bfloat16")
         if self.bf16:
