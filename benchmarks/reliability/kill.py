@@ -85,6 +85,10 @@ def kill_once(work: Path, name: str, steps: int, processes: int, delay: float, i
         said += line
         if line.startswith("run: "):
             break
+    else:
+        if process.wait() or "is finished" not in said:
+            raise SystemExit(said)
+        return "finished"
     time.sleep(delay)
     while in_save is not None and process.poll() is None:
         if list(run_of(work, name).glob(".checkpoint-*.part")):
@@ -98,8 +102,6 @@ def kill_once(work: Path, name: str, steps: int, processes: int, delay: float, i
         except ProcessLookupError:
             continue
     process.wait()
-    if "run: " not in said:
-        raise SystemExit(said)
     if finished:
         return "finished"
     return "saving" if list(run_of(work, name).glob(".checkpoint-*")) else "training"

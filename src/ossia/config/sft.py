@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ossia.config.base import Config, opt, parse_bytes
+from ossia.config.base import Config, opt, parse_bytes, parse_seconds
 from ossia.config.parts import DATA_TITLES, MODEL_TITLES, AdapterOptions, DataOptions, ModelOptions, TemplateOptions
 from ossia.errors import UsageError
 
@@ -82,6 +82,12 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
     memory_budget: str | None = opt(
         None, "GPU memory a gpt-oss run may take, such as 16GB; default: what is free", group="train"
     )
+    max_time: str | None = opt(
+        None, "stop after so long, such as 90m or 1h30m, with a checkpoint and the line that goes on", group="train"
+    )
+    deterministic: bool = opt(
+        False, "the same numbers from the same run, at some cost; operations that cannot are named", group="train"
+    )
     dataloader_num_workers: int = opt(0, "processes that assemble batches", group="train")
 
     logging_steps: int = opt(5, "optimizer steps between log lines", group="eval")
@@ -93,6 +99,9 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
         choices=["no", "steps", "epoch"],
     )
     eval_steps: int = opt(50, "optimizer steps between evaluations", group="eval")
+    early_stopping_patience: int | None = opt(
+        None, "stop after this many evaluations in a row without a lower held-out loss", group="eval"
+    )
     eval_on_start: bool = opt(False, "evaluate once before training", group="eval")
     save_strategy: str = opt("steps", "when to save a checkpoint", group="eval", choices=["no", "steps", "epoch"])
     save_steps: int = opt(50, "optimizer steps between checkpoints", group="eval")
@@ -137,6 +146,8 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
         self.validate_adapters()
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget, "--memory_budget")
+        if self.max_time is not None:
+            parse_seconds(self.max_time, "--max_time")
         for name in (
             "lora_rank",
             "per_device_train_batch_size",
@@ -150,6 +161,14 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
                 raise UsageError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
             raise UsageError(f"--dataset_num_proc is {self.dataset_num_proc}; it must be at least 1")
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise UsageError(f"--early_stopping_patience is {self.early_stopping_patience}; it must be at least 1")
+            if not (self.val_dataset or self.split_dataset_ratio) or self.eval_strategy == "no":
+                raise UsageError(
+                    "--early_stopping_patience goes by held-out loss: give --val_dataset or "
+                    "--split_dataset_ratio, and not --eval_strategy no"
+                )
         if self.packing_length is not None and not self.packing:
             raise UsageError("--packing_length goes with --packing true")
         if self.packing_length is not None and self.packing_length < self.max_length:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from ossia.adapters.files import base_model_of, check_adapter
 from ossia.adapters.targets import check_targets
 from ossia.compat import quiet_libraries
 from ossia.config import SftConfig
-from ossia.config.base import parse_bytes
+from ossia.config.base import parse_bytes, parse_seconds
 from ossia.console import say, tool
 from ossia.data.packing import PackedRows
 from ossia.data.prepare import prepare, split
@@ -29,6 +30,7 @@ from ossia.track import read_metrics
 from ossia.track.jsonl import METRICS
 from ossia.train.adapters import one_adapter, take_settings
 from ossia.train.checkpoint import checkpoints
+from ossia.train.deterministic import before_cuda, deterministic
 from ossia.train.folder import facts_of, new_run_folder, note, save_options
 from ossia.train.launch import launch, nodes_wanted, processes_wanted
 from ossia.train.plan import Plan, Sizes, adapter_parameters, make_plan
@@ -60,6 +62,7 @@ def run(config: SftConfig) -> SftResult | None:
     Raises:
         UsageError, OssiaError: before any model loads where that is possible.
     """
+    began = time.monotonic()
     _check(config)
     processes, nodes = processes_wanted(), nodes_wanted()
     for line in config.notes(int(os.environ.get("WORLD_SIZE", processes * nodes))) if "RANK" not in os.environ else []:
@@ -74,10 +77,10 @@ def run(config: SftConfig) -> SftResult | None:
     goes_on = config.resume_from_checkpoint or (config.resume and config.resume != "auto")
     starts = config.adapters and not goes_on
     with one_adapter(config.adapters, config.adapter_weights) if starts else nullcontext() as adapter:
-        return _run(config, folder, adapter)
+        return _run(config, folder, adapter, began)
 
 
-def _run(config: SftConfig, folder: Path, adapter: Path | None) -> SftResult | None:
+def _run(config: SftConfig, folder: Path, adapter: Path | None, began: float) -> SftResult | None:
     if adapter is not None:
         from ossia.adapters.origin import check_origin
 
@@ -97,7 +100,12 @@ def _run(config: SftConfig, folder: Path, adapter: Path | None) -> SftResult | N
     if start.run is not None and facts_of(start.run).get("status") == "finished":
         say(f"{start.run} is finished")
         return _result(start.run)
-    return _train(config, folder, adapter, targets, tokenizer, template, rows, held, start, facts)
+    parts = (config, folder, adapter, targets, tokenizer, template, rows, held, start, facts, began)
+    if not config.deterministic:
+        return _train(*parts)
+    before_cuda()
+    with deterministic():
+        return _train(*parts)
 
 
 def _check(config: SftConfig) -> None:
@@ -234,6 +242,7 @@ def _train(
     held: TokenRows | None,
     start: Start,
     facts: dict[str, Any],
+    began: float,
 ) -> SftResult:
     expandable_memory()
     import torch
@@ -303,7 +312,7 @@ def _train(
         note(run_dir, status="running", run_ids={**earlier, **trackers.run_ids})
     args.output_dir = str(run_dir)
     args.eval_on_start = start.evaluation_due if start.checkpoint else config.eval_on_start
-    stop = StopCallback()
+    stop = StopCallback(parse_seconds(config.max_time, "--max_time") if config.max_time else None, began)
     trainer = _trainer(config, folder, args, wrapped, tokenizer, template, rows, held, trackers, facts, stop)
     say(f"run: {run_dir}")
     if start.checkpoint is not None:
@@ -330,6 +339,9 @@ def _train(
     if status == "interrupted":
         done = f"{trainer.state.global_step} of {trainer.state.max_steps}"
         say(f"stopped at step {done} ({stop.reason}). {_safe(run_dir)}")
+    elif trainer.state.global_step < trainer.state.max_steps:
+        patience, best = config.early_stopping_patience, trainer.state.best_metric
+        say(f"stopped early: no lower held-out loss than {best:.4f} for {patience} evaluations")
     if stop.reason == INTERRUPT:
         raise KeyboardInterrupt
     if plan is not None:
@@ -370,7 +382,7 @@ def _trainer(
     facts: dict[str, Any],
     stop: Any,
 ) -> SftTrainer:
-    from transformers import PrinterCallback
+    from transformers import EarlyStoppingCallback, PrinterCallback
 
     from ossia.adapters.origin import fingerprint
     from ossia.data.collate import Collator
@@ -395,6 +407,8 @@ def _trainer(
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    if config.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     return trainer
 
 
@@ -460,6 +474,9 @@ def _result(run_dir: Path, finished: bool = True) -> SftResult:
         return SftResult(run_dir, checkpoint, metrics)
     if checkpoint:
         say(f"adapter: {checkpoint}")
+        best = (run_dir / "best").resolve()
+        if best != checkpoint:
+            say(f"lowest held-out loss:  {best}")
         say(f"talk to it:  {tool('ossia')} infer --adapters {checkpoint}")
         say(f"merge it:    {tool('ossia')} export --adapters {checkpoint} --merge_lora true")
     else:
