@@ -9,6 +9,9 @@ from ossia.config.base import Config, opt, parse_bytes, parse_seconds
 from ossia.config.parts import DATA_TITLES, MODEL_TITLES, AdapterOptions, DataOptions, ModelOptions, TemplateOptions
 from ossia.errors import UsageError
 
+ZERO = ("zero2", "zero3")
+FSDP = ("full_shard", "shard_grad_op", "auto_wrap", "offload")
+
 
 @dataclass
 class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Config):
@@ -88,6 +91,15 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
     deterministic: bool = opt(
         False, "the same numbers from the same run, at some cost; operations that cannot are named", group="train"
     )
+    deepspeed: str | None = opt(
+        None, "with several processes: DeepSpeed by zero2, zero3, or a JSON file of its options", group="train"
+    )
+    fsdp: str | None = opt(
+        None,
+        "with several processes: shard weights by FSDP2; full_shard (gathered again in backward) or shard_grad_op "
+        "(kept), with or without offload",
+        group="train",
+    )
     dataloader_num_workers: int = opt(0, "processes that assemble batches", group="train")
 
     logging_steps: int = opt(5, "optimizer steps between log lines", group="eval")
@@ -129,7 +141,6 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
         choices=["local", "cloud", "offline"],
     )
 
-    deepspeed: str | None = opt(None, "zero2, zero3 …: sharding of base weights", group="compat")
     use_liger_kernel: bool = opt(False, "fused loss and norms", group="compat")
     bf16: bool | None = opt(None, "same as --torch_dtype bfloat16", group="compat")
     fp16: bool | None = opt(None, "refused: gpt-oss overflows in fp16", group="compat")
@@ -186,6 +197,7 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
             raise UsageError("nothing to train: give --num_train_epochs or --max_steps above 0")
         if self.learning_rate <= 0:
             raise UsageError(f"--learning_rate is {self.learning_rate}; it must be above 0")
+        self._validate_sharding()
         if self.resume and self.resume_from_checkpoint:
             raise UsageError("--resume goes on in the same run, --resume_from_checkpoint in a new one: give one")
         if self.fp16:
@@ -203,11 +215,16 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
             notes.append(
                 "--use_liger_kernel: not needed, the loss is chunked here and logits are never whole in memory"
             )
-        if self.deepspeed and processes == 1:
-            notes.append(f"--deepspeed {self.deepspeed}: one process has nothing to shard; going on without it")
-        elif self.deepspeed:
-            notes.append(
-                f"--deepspeed {self.deepspeed}: not used; only adapters have gradients and optimizer states, "
-                f"so {processes} processes train data-parallel (DDP)"
-            )
+        for name in ("deepspeed", "fsdp"):
+            if getattr(self, name) and processes == 1:
+                notes.append(f"--{name} {getattr(self, name)}: one process has nothing to shard; going on without it")
         return notes
+
+    def _validate_sharding(self) -> None:
+        if self.deepspeed and self.fsdp:
+            raise UsageError("--deepspeed and --fsdp both shard; give one of them")
+        if self.deepspeed and self.deepspeed not in ZERO and not self.deepspeed.endswith(".json"):
+            raise UsageError(f"--deepspeed got {self.deepspeed!r}; it takes {', '.join(ZERO)} or a .json file")
+        unknown = set((self.fsdp or "").split()) - set(FSDP)
+        if unknown:
+            raise UsageError(f"--fsdp got {sorted(unknown)[0]!r}; it takes {', '.join(FSDP)}")

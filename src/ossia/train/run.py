@@ -35,6 +35,7 @@ from ossia.train.folder import facts_of, new_run_folder, note, save_options
 from ossia.train.launch import launch, nodes_wanted, processes_wanted
 from ossia.train.plan import Plan, Sizes, adapter_parameters, make_plan
 from ossia.train.resume import Start, check_facts, data_facts, find_start, resume_command, take_back
+from ossia.train.sharding import check_sharding, lay_out, sharding_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +88,11 @@ def _run(config: SftConfig, folder: Path, adapter: Path | None, began: float) ->
         take_settings(config, adapter)
         check_origin(adapter, folder)
     targets = check_targets(folder, config.target_modules, config.target_experts)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from ossia.model.load import pick_device
+
+        on_cpu = pick_device(config.device).type == "cpu"
+        check_sharding(config, str(read_json(folder / "config.json").get("model_type")), on_cpu)
     start = find_start(config)
     tokenizer = load_tokenizer(folder)
     template = template_from(tokenizer, config)
@@ -283,7 +289,9 @@ def _train(
         target_modules=config.target_modules,
         target_experts=config.target_experts,
     )
-    if adapter is not None and start.checkpoint is None:
+    if start.checkpoint is not None:
+        load_adapter_tensors(wrapped, start.checkpoint)
+    elif adapter is not None:
         load_adapter_tensors(wrapped, adapter)
         say(f"going on from {' and '.join(config.adapters)} (rank {config.lora_rank}, alpha {config.lora_alpha:g})")
     if plan is not None:
@@ -292,6 +300,8 @@ def _train(
             say(line)
     if config.packing:
         check_packing(wrapped)
+    if args.deepspeed or args.fsdp:
+        lay_out(wrapped)
     for line in coverage_lines(wrapped, total):
         say(line)
     run_dir = _run_folder(config, start, state.is_main_process)
@@ -428,6 +438,7 @@ def training_arguments(
     try:
         return TrainingArguments(
             output_dir=config.output_dir,
+            **(sharding_arguments(config) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}),
             **{name: getattr(config, name) for name in same.split()},
             # A plan says it layer by layer.
             gradient_checkpointing=plan is None and config.gradient_checkpointing != "false",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-from ossia.adapters.io import load_adapter_tensors, save_adapter
+from ossia.adapters.io import adapter_tensors, load_adapter_tensors, save_adapter, whole_tensor
 from ossia.data.collate import tokens_of
 from ossia.errors import UsageError
 from ossia.model.gpt_oss import LossOutput, OssiaGptOssForCausalLM
@@ -25,6 +25,7 @@ from ossia.model.loss import loss_from_logits
 from ossia.train.callbacks import EvaluationStopped, StopCallback
 from ossia.train.checkpoint import PREFIX, part_of, put_in_place, rotate, seal
 from ossia.train.guard import Guard, Step
+from ossia.train.sharding import whole
 
 # What only our model takes. Others see packed documents by their position_ids; given bounds too, some of transformers'
 # attentions would read them for keys that have none.
@@ -131,7 +132,7 @@ class SftTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As Trainer's, which asks for it right before the update; looks at the step."""
         norm = super()._get_grad_norm(model, grad_norm)
-        tensor = torch.as_tensor(norm, device=self.args.device)
+        tensor = whole_tensor(torch.as_tensor(norm, device=self.args.device))
         self._guard.watch(self.state.global_step + 1, self._batches, self._step_loss, tensor, self.stop.wishes())
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         skips = self._guard.late and all(group.get("fused") for group in optimizer.param_groups)
@@ -268,24 +269,31 @@ class SftTrainer(Trainer):
         file = self._progress_file(Path(str(checkpoint)))
         if not file.is_file():
             return
-        progress = torch.load(file, map_location=self.args.device, weights_only=True)
-        self._tr_loss, self._guard.limit = progress["loss"], progress["limit"]
+        device = self.args.device
+        # torch can't load to an indexed CPU, which DeepSpeed's is.
+        progress = torch.load(file, map_location="cpu", weights_only=True)
+        self._tr_loss, self._guard.limit = progress["loss"].to(device), progress["limit"].to(device)
         self._total_loss_scalar, self._globalstep_last_logged = progress["total_loss"], progress["last_logged"]
-        self._window.parts = progress["window"]
+        self._window.parts = [part.to(device) for part in progress["window"]]
         # The mean loss of the end is the whole run's.
         self._initial_global_step = 0
 
     def _progress_file(self, folder: Path) -> Path:
         return folder / f"progress_{self.args.process_index}.pth"
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter and the tokenizer; all processes of a sharded run take part."""
+        folder, model = Path(output_dir or str(self.args.output_dir)), self.accelerator.unwrap_model(self.model)
+        with whole(model):
+            tensors = adapter_tensors(model)
         if self.args.should_save:
-            save_adapter(self.accelerator.unwrap_model(self.model), folder, self.base_model, origin=self.origin)
+            save_adapter(model, folder, self.base_model, origin=self.origin, tensors=tensors)
             self.tokenizer.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter_tensors(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+        """Before a model is sharded; Trainer asks for it after that, when the weights must be there already."""
+        if not self.is_fsdp_enabled:
+            load_adapter_tensors(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         load_adapter_tensors(self.accelerator.unwrap_model(self.model), Path(str(self.state.best_model_checkpoint)))
