@@ -73,9 +73,7 @@ def _exit_code(args: list[str]) -> int:
     except OssiaError as error:
         if debug:
             traceback.print_exc()
-        # Wrong usage is the same on every process.
-        if is_main_process() or not isinstance(error, UsageError):
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if is_main_process():

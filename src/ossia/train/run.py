@@ -68,13 +68,15 @@ def run(config: SftConfig) -> SftResult | None:
     processes, nodes = processes_wanted(), nodes_wanted()
     for line in config.notes(int(os.environ.get("WORLD_SIZE", processes * nodes))) if "RANK" not in os.environ else []:
         say(line)
-    if processes * nodes > 1 and "RANK" not in os.environ and not config.dry_run:
-        say(f"starting {processes} processes" + (f" on each of {nodes} machines" if nodes > 1 else ""))
-        launch(processes)
-        return None
     folder = resolve_model(str(config.model))
     if Path(str(config.model)).is_dir():
         config.model = str(folder)
+    if processes * nodes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        check_sharding(config, str(read_json(folder / "config.json").get("model_type")))
+    if processes * nodes > 1 and not config.dry_run:
+        say(f"starting {processes} processes" + (f" on each of {nodes} machines" if nodes > 1 else ""))
+        launch(processes)
+        return None
     goes_on = config.resume_from_checkpoint or (config.resume and config.resume != "auto")
     starts = config.adapters and not goes_on
     with one_adapter(config.adapters, config.adapter_weights) if starts else nullcontext() as adapter:
@@ -88,11 +90,6 @@ def _run(config: SftConfig, folder: Path, adapter: Path | None, began: float) ->
         take_settings(config, adapter)
         check_origin(adapter, folder)
     targets = check_targets(folder, config.target_modules, config.target_experts)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from ossia.model.load import pick_device
-
-        on_cpu = pick_device(config.device).type == "cpu"
-        check_sharding(config, str(read_json(folder / "config.json").get("model_type")), on_cpu)
     start = find_start(config)
     tokenizer = load_tokenizer(folder)
     template = template_from(tokenizer, config)

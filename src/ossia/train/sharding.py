@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def check_sharding(config: SftConfig, model_type: str, on_cpu: bool) -> None:
+def check_sharding(config: SftConfig, model_type: str) -> None:
     """UsageError where several processes cannot shard as asked."""
     if config.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise UsageError(
@@ -28,7 +28,7 @@ def check_sharding(config: SftConfig, model_type: str, on_cpu: bool) -> None:
             f"--fsdp {config.fsdp}: gpt-oss's loss reads the output layer outside its forward, for which FSDP2 does "
             "not gather it; leave the flag out (data-parallel), or give --deepspeed zero3"
         )
-    if config.fsdp and on_cpu:
+    if config.fsdp and _on_cpu(config.device):
         raise UsageError(
             f"--fsdp {config.fsdp}: accelerate shards by FSDP on GPUs only; on a CPU leave the flag out "
             "(data-parallel), or give --deepspeed zero3"
@@ -51,6 +51,12 @@ def sharding_arguments(config: SftConfig) -> dict[str, Any]:
         }
         return {"fsdp": True, "fsdp_config": options}
     return {}
+
+
+def _on_cpu(device: str) -> bool:
+    from ossia.model.load import pick_device
+
+    return pick_device(device).type == "cpu"
 
 
 def lay_out(model: nn.Module) -> None:
