@@ -52,7 +52,7 @@ def command(work: Path, name: str, steps: int) -> list[str]:
 
 
 def environment(work: Path, processes: int) -> dict[str, str]:
-    path = os.pathsep.join(sys.path[:2])
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "src")))
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "OSSIA_CACHE": str(work / "cache")}
     return {**os.environ, **fixed, "NPROC_PER_NODE": str(processes)}
 

@@ -9,8 +9,6 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from ossia.track import read_metrics
 
 
@@ -43,26 +41,28 @@ def training(model, rows, tmp_path, **env):
     return process
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_line_that_is_printed_goes_on(tiny_gpt_oss, rows, tmp_path, number, code):
+def test_sigterm_saves_and_the_line_that_is_printed_goes_on(tiny_gpt_oss, rows, tmp_path):
     process = training(tiny_gpt_oss, rows, tmp_path)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code, out + err
+    assert process.returncode == 0, out + err
     assert "Traceback" not in out + err
     run = next(tmp_path.glob("output/v0-*"))
     step = json.loads((run / "last" / "trainer_state.json").read_text())["global_step"]
     assert f"stopped at step {step} of 100000" in out
     line = next(line for line in out.splitlines() if "go on:" in line)
     assert line.endswith(f"sft --config {run / 'config.yaml'} --resume {run}")
-    if number == signal.SIGTERM:
-        again = start(*line.split("ossia ")[-1].split(), cwd=tmp_path)
-        wait_for(lambda: read_metrics(run / "metrics.jsonl")[-1]["step"] > step + 1, again)
-        again.kill()
-        out, _ = again.communicate()
-        assert f"going on from {run / f'checkpoint-{step}'}" in out
-        steps = [row["step"] for row in read_metrics(run / "metrics.jsonl")]
-        assert steps == list(range(1, steps[-1] + 1)), "no step twice, none left out"
+    again = start(*line.split("ossia ")[-1].split(), cwd=tmp_path)
+    wait_for(lambda: read_metrics(run / "metrics.jsonl")[-1]["step"] > step + 1, again)
+    again.send_signal(signal.SIGINT)
+    out, err = again.communicate(timeout=60)
+    assert again.returncode == 130, out + err
+    assert "Traceback" not in out + err
+    assert f"going on from {run / f'checkpoint-{step}'}" in out
+    steps = [row["step"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+    assert steps == list(range(1, steps[-1] + 1)), "no step twice, none left out"
+    assert (run / "last").resolve().name == f"checkpoint-{steps[-1]}"
+    assert f"stopped at step {steps[-1]} of 100000 (Ctrl-C)" in out
 
 
 def test_a_second_interrupt_leaves_at_once(tiny_gpt_oss, rows, tmp_path):

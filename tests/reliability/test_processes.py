@@ -14,6 +14,7 @@ from ossia.errors import UsageError
 from ossia.track import read_metrics
 from ossia.train.launch import nodes_wanted, processes_wanted
 from ossia.train.run import run
+from ossia.train.sharding import check_sharding
 
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 COMMON = ("--max_steps", 3, "--logging_steps", 1, "--save_steps", 2, "--learning_rate", 1e-2, "--device", "cpu")
@@ -74,17 +75,19 @@ def test_two_machines_are_one_run(alone, tiny_gpt_oss, rows, tmp_path):
     assert flat(numbers(tmp_path / "two")) == pytest.approx(flat(alone), rel=1e-5)
 
 
-def test_what_cannot_be_sharded_is_one_line(ossia, tiny_gpt_oss, tiny_llama, rows):
-    env = {"NPROC_PER_NODE": "2"}
-    common = ("--dataset", rows, "--device", "cpu")
-    err = ossia.fails(2, "sft", "--model", tiny_gpt_oss, *common, "--fsdp", "full_shard", env=env)
+def test_what_cannot_be_sharded_is_one_line(ossia, tiny_gpt_oss, rows, tmp_path, monkeypatch):
+    words = ("sft", "--model", tiny_gpt_oss, "--dataset", rows, "--device", "cpu", "--fsdp", "full_shard")
+    err = ossia.fails(2, *words, env={"NPROC_PER_NODE": "2"})
     assert len(err.splitlines()) == 1
     assert "--fsdp full_shard: gpt-oss's loss reads the output layer outside its forward" in err
-    err = ossia.fails(2, "sft", "--model", tiny_llama, *common, "--fsdp", "full_shard", env=env)
-    assert "accelerate shards by FSDP on GPUs only" in err
-    if not DEEPSPEED:
-        err = ossia.fails(2, "sft", "--model", tiny_gpt_oss, *common, "--deepspeed", "zero3", env=env)
-        assert "the package deepspeed is not installed (pip install deepspeed)" in err
+    with pytest.raises(UsageError, match="accelerate shards by FSDP on GPUs only"):
+        check_sharding(SftConfig(fsdp="full_shard", device="cpu"), "llama")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="the package deepspeed is not installed"):
+        check_sharding(SftConfig(deepspeed="zero3"), "gpt_oss")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    with pytest.raises(UsageError, match="not a JSON file that can be read"):
+        check_sharding(SftConfig(deepspeed=str(tmp_path / "none.json")), "gpt_oss")
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,25 @@ def test_an_unsound_step_never_reaches_the_weights(config, monkeypatch, factor):
     assert (last["step"], last["loss"] is None) == (4, factor != 1e4)
 
 
+def test_out_of_memory_leaves_the_last_checkpoint_and_says_what_to_change(config, monkeypatch):
+    real, calls = trainer.sums_of, []
+
+    def sums_of(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        return real(*args)
+
+    monkeypatch.setattr(trainer, "sums_of", sums_of)
+    with pytest.raises(
+        OssiaError, match=r"2.00 GiB.*Lower --per_device_train_batch_size.*checkpoint-4 is safe; go on:"
+    ):
+        run(config)
+    monkeypatch.setattr(trainer, "sums_of", real)
+    expected = numbers(run(changed(config, output_dir="whole")).run_dir)
+    assert numbers(run(changed(config, resume="auto")).run_dir) == expected
+
+
 def test_a_late_verdict_is_kept_by_the_optimizer_itself():
     """On a GPU the host reads the verdict a step later; a fused optimizer has skipped the update by then."""
     weight = torch.nn.Parameter(torch.ones(3))
