@@ -519,8 +519,9 @@ def _unsound(error: UnsoundStep, trainer: SftTrainer, template: Any, run: Path) 
     step = error.step
     trainer.log({"loss": step.loss, "grad_norm": step.norm, "learning_rate": trainer._get_learning_rate()})
     sources = keep_batches(run / BAD_BATCH, step, trainer.train_dataset, template.tokenizer)
+    when = "right after DeepSpeed's update" if trainer.is_deepspeed_enabled else "before the weights changed"
     return (
-        f"{error}: stopped before the weights changed. Its rows ({', '.join(sources[:3])}{' …' * (len(sources) > 3)}) "
+        f"{error}: stopped {when}. Its rows ({', '.join(sources[:3])}{' …' * (len(sources) > 3)}) "
         f"are in {run / BAD_BATCH}: look at them, or lower --learning_rate. {_safe(run)}"
     )
 
