@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ossia.config.base import Config
+from ossia.console import is_main_process
 from ossia.errors import OssiaError, UsageError, nearest
 
 
@@ -62,7 +63,16 @@ ALIASES = {"deploy": "serve"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    code = _exit_code(list(sys.argv[1:] if argv is None else argv))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # gloo's threads can abort a process at the interpreter's end, and closing its group can wait for ever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _exit_code(args: list[str]) -> int:
     debug = "--debug" in args
     try:
         return _dispatch(args)
@@ -72,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if is_main_process():
+            print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
@@ -97,11 +108,6 @@ def _dispatch(args: list[str]) -> int:
     command = COMMANDS[name]
     config: Config = _load(command.config).from_args(rest, prog=f"ossia {name}", description=command.help)
     _load(command.run)(config)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # gloo's threads can abort a process at the interpreter's end, and closing its group can wait for ever.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
     return 0
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ossia.adapters.experts import ExpertsLora
@@ -31,7 +32,12 @@ _NEST = {"gate_up_proj": ".base_layer", "down_proj": ""}
 
 
 def save_adapter(
-    model: PeftModel, folder: Path, base_model: str | None = None, adapter: str = "default", origin: str | None = None
+    model: PeftModel,
+    folder: Path,
+    base_model: str | None = None,
+    adapter: str = "default",
+    origin: str | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`.
 
@@ -42,32 +48,39 @@ def save_adapter(
         adapter: PEFT's name of the adapter.
         origin: fingerprint of the base (see `ossia.adapters.origin`); default: that of `base_model`, where it is a
             folder.
+        tensors: from `adapter_tensors`; default: taken here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{WEIGHTS}.part"
     if origin is None and base_model is not None and Path(base_model).is_dir():
         origin = fingerprint(Path(base_model))
-    save_tensors(adapter_tensors(model, adapter), part, {KEY: origin} if origin else None)
+    save_tensors(tensors or adapter_tensors(model, adapter), part, {KEY: origin} if origin else None)
     config = _config_on_disk(model, base_model, adapter)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(part, folder / WEIGHTS)
 
 
 def adapter_tensors(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:
-    """The adapter's tensors by their names on disk, on the CPU."""
+    """The adapter's tensors by their names on disk, on the CPU; of a model that FSDP shards, on all processes."""
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, ExpertsLora) and adapter in module.r:
             for projection in PROJECTIONS:
-                a_EIR = getattr(module, f"lora_A_{projection}")[adapter].detach()
-                b_ERO = getattr(module, f"lora_B_{projection}")[adapter].detach()
+                a_EIR = whole_tensor(getattr(module, f"lora_A_{projection}")[adapter])
+                b_ERO = whole_tensor(getattr(module, f"lora_B_{projection}")[adapter])
                 prefix = f"{name}{_NEST[projection]}"
                 tensors[f"{prefix}.lora_A.weight"] = a_EIR.transpose(1, 2).reshape(-1, a_EIR.shape[1])
                 tensors[f"{prefix}.lora_B.weight"] = b_ERO.permute(2, 1, 0).reshape(b_ERO.shape[2], -1)
         elif hasattr(module, "lora_A") and adapter in module.lora_A:
             for side in ("lora_A", "lora_B"):
-                tensors[f"{name}.{side}.weight"] = getattr(module, side)[adapter].weight.detach()
+                tensors[f"{name}.{side}.weight"] = whole_tensor(getattr(module, side)[adapter].weight)
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def whole_tensor(weight: Tensor) -> Tensor:
+    """Free of autograd, and put together where FSDP shards it, by all processes."""
+    weight = weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:

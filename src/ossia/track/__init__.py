@@ -51,6 +51,7 @@ def make_trackers(
     swanlab_mode: Any = None,
     swanlab_workspace: str | None = None,
     swanlab_logdir: Path | None = None,
+    run_ids: dict[str, str] | None = None,
 ) -> Trackers:
     """The started trackers of a run. `report_to` None (ranks other than 0): nothing is written at all."""
     if report_to is None:
@@ -70,6 +71,7 @@ def make_trackers(
             config=_without_secrets(config or {}),
             environment=_without_secrets(environment or {}),
             tags=tuple(tags),
+            run_ids=run_ids or {},
         )
     )
     return trackers

@@ -59,6 +59,7 @@ class SwanLabTracker:
         self.experiment_name = experiment_name
         self.logdir = logdir
         self.start_limit = start_limit or (CLOUD_LIMIT_S if self.mode == "cloud" else LOCAL_LIMIT_S)
+        self.run_id: str | None = None
         self._child: subprocess.Popen[bytes] | None = None
 
     def start(self, run: RunInfo) -> str:
@@ -84,12 +85,14 @@ class SwanLabTracker:
                 "name": self.experiment_name or run.name,
                 "log_dir": str(logdir),
                 "tags": list(run.tags),
+                **({"id": earlier, "resume": "allow"} if (earlier := run.run_ids.get(self.name)) else {}),
                 "config": _flat({**run.config, "environment": run.environment}),
             }
         )
         reply = self._answer_to_start()
         if "error" in reply:
             raise OssiaError(reply["error"])
+        self.run_id = reply["id"]
         if self.mode == "cloud":
             return f"SwanLab (cloud): {reply['url']}"
         if self.mode == "offline":
@@ -176,7 +179,7 @@ def serve() -> None:
     except Exception as error:  # noqa: BLE001  whatever swanlab raises is one line for the user
         answer(error=_why(error))
         os._exit(1)
-    answer(url=run.url if run.mode == "online" else "", dir=str(run.dir))
+    answer(url=run.url if run.mode == "online" else "", dir=str(run.dir), id=run.id)
     status = _follow(run, messages)
     # a last upload without network retries for minutes
     last_resort = threading.Timer(LINGER_S, os._exit, [1])

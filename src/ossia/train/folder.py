@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 from ossia.config import SftConfig
 from ossia.config.base import read_yaml
 from ossia.errors import UsageError
 
 CONFIG = "config.yaml"
+RUN = "run.json"
 
 
 def new_run_folder(output_dir: str, add_version: bool) -> Path:
@@ -37,6 +40,30 @@ def point(run: Path, name: str, target: str | None) -> None:
     part.unlink(missing_ok=True)
     part.symlink_to(os.path.relpath(target, run), target_is_directory=True)
     os.replace(part, link)
+
+
+def note(run: Path, **facts: Any) -> None:
+    """Keep facts of a run in its `run.json`: `status`, as trackers know it or `running`, and their run ids."""
+    write_aside(run / RUN, json.dumps({**facts_of(run), **facts}, indent=1) + "\n")
+
+
+def facts_of(run: Path) -> dict[str, Any]:
+    """What was noted of a run."""
+    path = run / RUN
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def save_options(run: Path, config: SftConfig) -> None:
+    """Write a run's resolved options, whole or not at all."""
+    write_aside(run / CONFIG, config.to_yaml())
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def run_of(checkpoint: Path) -> Path | None:
