@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ if not Path("/dev/nvidiactl").exists():
 import torch
 
 from tests import tiny
+from tests.served import Server, scripted
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -44,6 +46,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve rows with reasoning."""
     return tiny.rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def server(tiny_gpt_oss: Path) -> Iterator[Server]:
+    """`ossia serve` with an engine that says what it is told."""
+    limits = ("--max_messages", 20, "--max_body_size", "200KB", "--max_new_tokens", 2000)
+    with scripted(tiny_gpt_oss, *limits) as running:
+        yield running
 
 
 class Ossia:

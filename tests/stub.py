@@ -9,7 +9,7 @@ import time
 class StubEngine:
     """Reasons "thought", says "answer". Ctrl-C comes after `stop_after` tokens; each token takes `seconds`."""
 
-    model = None
+    adapters = ()
 
     def __init__(self, template, seconds: float = 0.0) -> None:
         self.template = template

@@ -1,6 +1,6 @@
 """Each kernel at gpt-oss-20b's shapes beside what it replaces: milliseconds, TFLOP/s, TB/s.
 
-python benchmarks/kernels/run.py --out FILE.json [--tokens 16384] [--tiny]
+python benchmarks/kernels/run.py --out FILE.json [--tokens 16384] [--groups NAME …] [--tiny]
 
 What it replaces is its own reference in PyTorch, or the library's kernel that would serve. Medians of Triton's
 do_bench. TRITON_INTERPRET=1 with --tiny runs toy shapes on a CPU, to check this script.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ class Job(NamedTuple):
     beside: str = "reference"
     flops: float = 0
     bytes: float = 0
+    graph: bool = False  # too short to be timed with its launches
 
 
 def randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -209,10 +211,74 @@ def loss(s: Shape) -> Iterator[Job]:
     yield Job("loss, both ways", run(linear_cross_entropy), run(reference.linear_cross_entropy), flops=work)
 
 
-def milliseconds(function: Callable[[], Any]) -> float:
-    if CUDA:
-        from triton.testing import do_bench
+def decode_inputs(s: Shape, tokens: int) -> tuple[tuple[Any, ...], tuple[Any, Any], float]:
+    """Experts' inputs for few tokens, their adapters, and the bytes of the blocks that these tokens need."""
+    from ossia.kernels.expert_mlp import Adapter, Frozen
 
+    frozen, adapters = [], []
+    for inputs, outputs in ((s.hidden, 2 * s.inner), (s.inner, s.hidden)):
+        blocks = torch.randint(0, 256, (s.experts, outputs, inputs // 32, 16), dtype=torch.uint8, device=DEVICE)
+        scales = torch.randint(119, 121, blocks.shape[:3], dtype=torch.uint8, device=DEVICE)
+        frozen.append(Frozen(randn(s.experts, outputs), inputs, blocks, scales))
+        adapters.append(Adapter(randn(s.experts, inputs, s.rank), randn(s.experts, s.rank, outputs)))
+    index = torch.rand(tokens, s.experts, device=DEVICE).topk(s.top_k, -1).indices
+    weight = torch.rand(tokens, s.top_k, device=DEVICE).softmax(-1)
+    hidden, residual = randn(tokens, s.hidden), randn(tokens, s.hidden)
+    size = len(index.unique()) * 3 * s.hidden * s.inner * (0.5 + 1 / 32)
+    return (hidden, index, weight, *frozen, 1.702, 7.0, residual), (adapters[0], adapters[1]), size
+
+
+def decode(s: Shape) -> Iterator[Job]:
+    """What a step of generation takes of a layer."""
+    from ossia.kernels.expert_decode import expert_decode
+    from ossia.kernels.paged_attention import Pages, attend
+    from ossia.kernels.route import route
+
+    for tokens in (1, 8, 64):
+        inputs, adapters, size = decode_inputs(s, tokens)
+        for name, pair in (("", None), (" with LoRA", adapters)):
+            ours = functools.partial(expert_decode, *inputs, pair, blocks=True)
+            theirs = functools.partial(expert_decode, *inputs, pair)
+            yield Job(f"experts of {tokens} tokens{name}", ours, theirs, bytes=size, graph=True)
+        router, bias = randn(s.experts, s.hidden, dtype=torch.float32), randn(s.experts, dtype=torch.float32)
+        yield Job(f"routing of {tokens} tokens", functools.partial(route, inputs[0], router, bias, s.top_k),
+                  graph=True)  # fmt: skip
+        for length in (128, 1024, 8192):
+            count = -(-length // 128)
+            k, v = (randn(tokens * count, s.kv_heads, 128, s.size) for _ in range(2))
+            table = torch.arange(tokens * count, dtype=torch.int32, device=DEVICE).view(tokens, count)
+            pages = Pages(k, v, table, 128 if length == 128 else None)
+            place, position = torch.arange(tokens, device=DEVICE), torch.full((tokens,), length - 1, device=DEVICE)
+            some = (randn(tokens, s.heads, s.size), pages, place, position, randn(s.heads), 0.125)
+            yield Job(f"attention of {tokens} tokens to {length:,} before", functools.partial(attend, *some),
+                      bytes=2 * k.nbytes, graph=True)  # fmt: skip
+
+
+def tiles(s: Shape) -> Iterator[Job]:
+    """Tiles of the experts' product for few tokens."""
+    from ossia.kernels.expert_decode import triton
+
+    for tokens in (1, 8, 64):
+        inputs, _, size = decode_inputs(s, tokens)
+        for columns, run, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (2, 4), (4,)):
+            tile = {"COLS": columns, "RUN": run, "num_warps": warps, "num_stages": stages}
+
+            def ours(tile: dict[str, int] = tile, inputs: tuple[Any, ...] = inputs) -> Any:
+                triton._FEW = triton._MANY = tile
+                return triton.expert_decode(*inputs)
+
+            yield Job(f"experts of {tokens} tokens by {tile}", ours, bytes=size, graph=True)
+
+
+GROUPS = {group.__name__: group for group in (mxfp4, expert_mlp, qkv, attention, rows, loss, decode, tiles)}
+
+
+def milliseconds(function: Callable[[], Any], graph: bool = False) -> float:
+    if CUDA:
+        from triton.testing import do_bench, do_bench_cudagraph
+
+        if graph:
+            return do_bench_cudagraph(function, rep=20, return_mode="median")
         return do_bench(function, warmup=25, rep=100, return_mode="median")
     started = time.perf_counter()
     function()
@@ -224,12 +290,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--groups", nargs="*", choices=GROUPS, default=[name for name in GROUPS if name != "tiles"])
     args = parser.parse_args()
     shape = TINY if args.tiny else Shape(args.tokens)
     results: list[dict[str, Any]] = []
-    for group in (mxfp4, expert_mlp, qkv, attention, rows, loss):
-        for job in group(shape):
-            result: dict[str, Any] = {"kernel": job.name, "milliseconds": round(milliseconds(job.ours), 4)}
+    for group in args.groups:
+        for job in GROUPS[group](shape):
+            result: dict[str, Any] = {"kernel": job.name, "milliseconds": round(milliseconds(job.ours, job.graph), 4)}
             if job.theirs is not None:
                 result["beside"] = job.beside
                 with contextlib.suppress(torch.OutOfMemoryError):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ossia.config.base import Config
+from ossia.console import is_main_process
 from ossia.errors import OssiaError, UsageError, nearest
 
 
@@ -43,6 +44,9 @@ COMMANDS = {
     "infer": Command(
         "ossia.config:InferConfig", "ossia.infer.run:run", "talk to a model, or answer the rows of a file"
     ),
+    "serve": Command(
+        "ossia.config:ServeConfig", "ossia.serve.run:run", "serve models over HTTP, as OpenAI's API (also: deploy)"
+    ),
     "export": Command(
         "ossia.config:ExportConfig",
         "ossia.export.run:run",
@@ -55,9 +59,21 @@ COMMANDS = {
 }
 
 
+ALIASES = {"deploy": "serve"}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    code = _exit_code(list(sys.argv[1:] if argv is None else argv))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # gloo's threads can abort a process at the interpreter's end, and closing its group can wait for ever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _exit_code(args: list[str]) -> int:
     debug = "--debug" in args
     try:
         return _dispatch(args)
@@ -67,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if is_main_process():
+            print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
@@ -92,15 +109,11 @@ def _dispatch(args: list[str]) -> int:
     command = COMMANDS[name]
     config: Config = _load(command.config).from_args(rest, prog=f"ossia {name}", description=command.help)
     _load(command.run)(config)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # gloo's threads can abort a process at the interpreter's end, and closing its group can wait for ever.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
     return 0
 
 
 def _command(args: list[str]) -> tuple[str, list[str]]:
+    args = [ALIASES.get(args[0], args[0]), *args[1:]]
     two = " ".join(args[:2])
     if two in COMMANDS:
         return two, args[2:]

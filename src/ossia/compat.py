@@ -23,6 +23,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # accelerate 1.15 passes DDP an option that torch 2.13 renames; torch 2.11 has the old name alone.
     warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")
+    # deepspeed 0.19 calls collectives by names that torch 2.13 replaces.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 
 
 @contextlib.contextmanager

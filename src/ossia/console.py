@@ -25,19 +25,26 @@ def say(line: str = "") -> None:
 
 
 @contextmanager
-def progress(label: str, total: float, unit: str) -> Iterator[Advance]:
-    """A bar on a terminal; elsewhere a plain line every ten seconds. Yields `advance(amount)`."""
+def progress(label: str, total: float, unit: str, beside: Callable[[], str] = str) -> Iterator[Advance]:
+    """A bar on a terminal; elsewhere a plain line every ten seconds. Yields `advance(amount)`.
+
+    Args:
+        label: what goes on.
+        total: what is to be done, in units.
+        unit: its name.
+        beside: another rate to show, as text.
+    """
     if not is_main_process():
         yield lambda amount: None
     elif sys.stderr.isatty():
-        with _bar(label, total, unit) as advance:
+        with _bar(label, total, unit, beside) as advance:
             yield advance
     else:
-        yield _Lines(label, total, unit).advance
+        yield _Lines(label, total, unit, beside).advance
 
 
 @contextmanager
-def _bar(label: str, total: float, unit: str) -> Iterator[Advance]:
+def _bar(label: str, total: float, unit: str, beside: Callable[[], str]) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -56,7 +63,7 @@ def _bar(label: str, total: float, unit: str) -> Iterator[Advance]:
         def advance(amount: float) -> None:
             bar.advance(task, amount)
             rate = bar.tasks[0].completed / max(time.monotonic() - started, 1e-9)
-            bar.update(task, rate=f"{_amount(rate)} {unit}/s")
+            bar.update(task, rate=", ".join(filter(None, (f"{_amount(rate)} {unit}/s", beside()))))
 
         yield advance
 
@@ -64,8 +71,8 @@ def _bar(label: str, total: float, unit: str) -> Iterator[Advance]:
 class _Lines:
     """Progress where there is no terminal: one line every ten seconds."""
 
-    def __init__(self, label: str, total: float, unit: str) -> None:
-        self.label, self.total, self.unit = label, total, unit
+    def __init__(self, label: str, total: float, unit: str, beside: Callable[[], str]) -> None:
+        self.label, self.total, self.unit, self.beside = label, total, unit, beside
         self.done = 0.0
         self.started = self.said = time.monotonic()
 
@@ -78,7 +85,8 @@ class _Lines:
         rate = self.done / (now - self.started)
         left = (self.total - self.done) / rate if rate else float("inf")
         amounts = f"{_amount(self.done)} of {_amount(self.total)} {self.unit}"
-        say(f"{self.label}: {amounts}, {_amount(rate)}/s, {left:.0f} s left")
+        rates = filter(None, (f"{_amount(rate)}/s", self.beside()))
+        say(f"{self.label}: {amounts}, {', '.join(rates)}, {left:.0f} s left")
 
 
 def _amount(value: float) -> str:

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from ossia.kernels import expert_mlp
-from ossia.kernels.expert_mlp import Frozen, Memory, recomputing
+from ossia.kernels.expert_mlp import Adapter, Frozen, Memory, recomputing
 from ossia.kernels.mxfp4 import dequantize, quantize
 
 pytest.importorskip("triton")
-from ossia.kernels.expert_mlp.fused import Adapter
 from ossia.kernels.expert_mlp.fused import expert_mlp as fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -242,3 +241,18 @@ def test_nothing_expanded_is_saved():
             *(Adapter(*p) for p in case.pairs),
         )
     assert max(saved) < min(5 * 96 * 128, 5 * 64 * 96)
+
+
+@pytest.mark.parametrize("rows", [100, 1101])
+def test_outer_products_of_few_and_of_many_rows(rows):
+    """Of many, each expert's are summed in parts."""
+    from ossia.kernels.expert_mlp.triton import outer
+
+    g = torch.Generator().manual_seed(rows)
+    thin, wide = (torch.randn(rows, width, generator=g).to(DEVICE, DTYPE) for width in (16, 40))
+    ends = [rows // 3, rows]
+    out = torch.full((2, 6, 40), float("nan"), device=DEVICE).transpose(1, 2)
+    assert outer(thin, wide, torch.tensor(ends, dtype=torch.int32, device=DEVICE), out) is out
+    for got, rows_of in zip(out, (slice(0, ends[0]), slice(ends[0], ends[1])), strict=True):
+        want = wide[rows_of].double().T @ thin[rows_of, :6].double()
+        assert (got.double() - want).norm() <= 2e-6 * want.norm()

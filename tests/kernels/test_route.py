@@ -29,7 +29,7 @@ def oracle(hidden, weight, bias, top_k, probe):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("length", "size"), [(1, 181), (7, 48), (33, 181)])
+@pytest.mark.parametrize(("length", "size"), [(1, 181), (33, 181), (71, 48)])
 @pytest.mark.parametrize("experts", [4, 5, 32])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_experts_weights_and_gradient_against_float64(route, device, dtype, length, size, experts, top_k):
@@ -51,12 +51,13 @@ def test_experts_weights_and_gradient_against_float64(route, device, dtype, leng
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [5, 70])  # few tokens have a kernel of their own
 @pytest.mark.parametrize(("experts", "top_k"), [(32, 4), (128, 4), (9, 7)])
-def test_hidden_size_of_gpt_oss_and_a_router_of_any_float(route, device, dtype, experts, top_k):
+def test_hidden_size_of_gpt_oss_and_a_router_of_any_float(route, device, dtype, length, experts, top_k):
     torch.manual_seed(experts)
-    hidden = torch.randn(5, 2880).to(device, dtype).requires_grad_()
+    hidden = torch.randn(length, 2880).to(device, dtype).requires_grad_()
     weight, bias = (torch.randn(experts, 2880) / 50).to(device, dtype), torch.randn(experts).to(device, dtype)
-    probe = torch.randn(5, top_k).to(device)
+    probe = torch.randn(length, top_k).to(device)
     index, share = route(hidden, weight, bias, top_k)
     (share * probe).sum().backward()
     expected_index, expected, grad = oracle(hidden, weight, bias, top_k, probe)
@@ -66,26 +67,28 @@ def test_hidden_size_of_gpt_oss_and_a_router_of_any_float(route, device, dtype, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [33, 97])
 @pytest.mark.parametrize("experts", [5, 32])
-def test_of_equal_logits_the_lowest_number_comes_first(route, device, dtype, experts):
+def test_of_equal_logits_the_lowest_number_comes_first(route, device, dtype, length, experts):
     torch.manual_seed(0)
     # Small whole numbers: sums are exact, so ties are ties in every order of adding.
-    hidden = torch.randint(-1, 2, (33, 20)).to(device, dtype)
+    hidden = torch.randint(-1, 2, (length, 20)).to(device, dtype)
     weight, bias = torch.randint(-1, 2, (experts, 20)).float().to(device), torch.zeros(experts, device=device)
     logits = hidden.double() @ weight.double().T
     expected = logits.sort(dim=-1, descending=True, stable=True)
     assert (expected.values[:, :4].diff() == 0).sum() > 10
     assert torch.equal(route(hidden, weight, bias, 4)[0], expected.indices[:, :4])
     index, share = route(hidden * 0, weight, bias, 4)
-    assert torch.equal(index, torch.arange(4, device=device).expand(33, 4))
+    assert torch.equal(index, torch.arange(4, device=device).expand(length, 4))
     assert torch.equal(share, torch.full_like(share, 0.25))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.filterwarnings("ignore:(All-NaN|invalid value)")  # numpy's, under the interpreter
+@pytest.mark.parametrize("length", [4, 68])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_bad_values_show_and_choose_different_experts(route, device, dtype, bad):
-    hidden = torch.ones(4, 20).to(device, dtype)
+def test_bad_values_show_and_choose_different_experts(route, device, dtype, bad, length):
+    hidden = torch.ones(length, 20).to(device, dtype)
     hidden[1] = bad
     weight = torch.tensor([1.0, -1, 1, -1, 1])[:, None].expand(5, 20).to(device)
     index, share = route(hidden, weight, torch.zeros(5, device=device), 4)

@@ -119,7 +119,7 @@ def test_a_sample_that_fails_ends_the_samples_only(tmp_path, model, capsys, monk
     callback = SampleCallback(tmp_path, [], 2, template, None, trackers, shown)
     callback.prompts = [([5, 6], "question", "label")]
     args = SimpleNamespace(device=torch.device("cpu"), bf16=False)
-    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    state = SimpleNamespace(global_step=0, max_steps=5, is_world_process_zero=True)
     model.train()
     before = torch.get_rng_state()
     callback.on_train_begin(args, state, None, model=model)

@@ -28,6 +28,7 @@ ORDER = [
     "train",
     "bench",
     "infer",
+    "serve",
     "export",
     "demo",
     "cli",

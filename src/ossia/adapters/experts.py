@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ossia.kernels.expert_mlp import Adapter
 from ossia.kernels.grouped_linear import grouped_linear
 from ossia.model.experts import Experts, fuses
 from ossia.model.names import PROJECTIONS, Projection
@@ -62,8 +63,6 @@ class ExpertsLora(nn.Module, LoraLayer):
         if not active:
             return self.base_layer(hidden_TH, index_TK, weight_TK, residual_TH)
         if fuses(hidden_TH) and len(active) == 1 and not self._drops(active[0]):
-            from ossia.kernels.expert_mlp.fused import Adapter
-
             sides = [[getattr(self, f"lora_{side}_{name}")[active[0]] for side in "AB"] for name in PROJECTIONS]
             pair = (Adapter(*sides[0]), Adapter(*sides[1]))
             scale = self.scaling[active[0]]

@@ -45,15 +45,20 @@ def add_lora(
     return inject(model, config, targets)
 
 
-def inject(model: PreTrainedModel, config: LoraConfig, targets: Targets) -> PeftModel:
-    """Wrap `model` with fresh adapters at `targets`; the other settings come from `config`."""
+def inject(
+    model: PreTrainedModel | PeftModel, config: LoraConfig, targets: Targets, name: str = "default"
+) -> PeftModel:
+    """Put fresh adapters at `targets` of `model`, wrapping it if it has none yet; other settings come from `config`."""
     config.target_modules = targets.linear + targets.modules
     config.target_parameters = None
     config._register_custom_module({Experts: ExpertsLora, nn.Linear: LinearLora})
     with warnings.catch_warnings():
         # PEFT reports modules it has no sizes for (ours), and a base folder that has moved.
         warnings.filterwarnings("ignore", "Unsupported layer type|The PEFT config's `base_model")
-        wrapped = get_peft_model(model, config)
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+            return model
+        wrapped = get_peft_model(model, config, adapter_name=name)
     wrapped.ossia_targets = targets  # type: ignore[assignment]
     return wrapped
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ossia.adapters.experts import ExpertsLora
@@ -31,7 +32,12 @@ _NEST = {"gate_up_proj": ".base_layer", "down_proj": ""}
 
 
 def save_adapter(
-    model: PeftModel, folder: Path, base_model: str | None = None, adapter: str = "default", origin: str | None = None
+    model: PeftModel,
+    folder: Path,
+    base_model: str | None = None,
+    adapter: str = "default",
+    origin: str | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`.
 
@@ -42,32 +48,39 @@ def save_adapter(
         adapter: PEFT's name of the adapter.
         origin: fingerprint of the base (see `ossia.adapters.origin`); default: that of `base_model`, where it is a
             folder.
+        tensors: from `adapter_tensors`; default: taken here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{WEIGHTS}.part"
     if origin is None and base_model is not None and Path(base_model).is_dir():
         origin = fingerprint(Path(base_model))
-    save_tensors(adapter_tensors(model, adapter), part, {KEY: origin} if origin else None)
+    save_tensors(tensors or adapter_tensors(model, adapter), part, {KEY: origin} if origin else None)
     config = _config_on_disk(model, base_model, adapter)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(part, folder / WEIGHTS)
 
 
 def adapter_tensors(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:
-    """The adapter's tensors by their names on disk, on the CPU."""
+    """The adapter's tensors by their names on disk, on the CPU; of a model that FSDP shards, on all processes."""
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, ExpertsLora):
+        if isinstance(module, ExpertsLora) and adapter in module.r:
             for projection in PROJECTIONS:
-                a_EIR = getattr(module, f"lora_A_{projection}")[adapter].detach()
-                b_ERO = getattr(module, f"lora_B_{projection}")[adapter].detach()
+                a_EIR = whole_tensor(getattr(module, f"lora_A_{projection}")[adapter])
+                b_ERO = whole_tensor(getattr(module, f"lora_B_{projection}")[adapter])
                 prefix = f"{name}{_NEST[projection]}"
                 tensors[f"{prefix}.lora_A.weight"] = a_EIR.transpose(1, 2).reshape(-1, a_EIR.shape[1])
                 tensors[f"{prefix}.lora_B.weight"] = b_ERO.permute(2, 1, 0).reshape(b_ERO.shape[2], -1)
         elif hasattr(module, "lora_A") and adapter in module.lora_A:
             for side in ("lora_A", "lora_B"):
-                tensors[f"{name}.{side}.weight"] = getattr(module, side)[adapter].weight.detach()
+                tensors[f"{name}.{side}.weight"] = whole_tensor(getattr(module, side)[adapter].weight)
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def whole_tensor(weight: Tensor) -> Tensor:
+    """Free of autograd, and put together where FSDP shards it, by all processes."""
+    weight = weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
@@ -76,14 +89,30 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     Raises:
         OssiaError: damaged files, or an adapter of another base (shapes named).
     """
-    settings = read_settings(folder)
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError) as error:
-        raise OssiaError(f"{folder / CONFIG}: not a LoRA configuration that peft reads ({error})") from error
-    config.inference_mode = not trainable
-    wrapped = inject(model, config, _targets_on_disk(model, settings, folder))
-    load_adapter_tensors(wrapped, folder)
+    return load_adapters(model, {"default": folder}, trainable=trainable)
+
+
+def load_adapters(model: PreTrainedModel, folders: dict[str, Path], *, trainable: bool = False) -> PeftModel:
+    """Wrap `model` with several adapters, of which the first is active; see `load_adapter`.
+
+    Args:
+        model: from `load_model`.
+        folders: by PEFT's name of each adapter, which may have no dot.
+        trainable: whether they are to be trained on.
+    """
+    plans = []
+    for name, folder in folders.items():
+        settings = read_settings(folder)
+        try:
+            config = LoraConfig.from_pretrained(str(folder))
+        except (TypeError, ValueError) as error:
+            raise OssiaError(f"{folder / CONFIG}: not a LoRA configuration that peft reads ({error})") from error
+        config.inference_mode = not trainable
+        plans.append((name, config, _targets_on_disk(model, settings, folder)))
+    wrapped: Any = model
+    for name, config, targets in plans:
+        wrapped = inject(wrapped, config, targets, name)
+        load_adapter_tensors(wrapped, folders[name], name)
     return wrapped.train(trainable)
 
 
@@ -104,7 +133,7 @@ def load_adapter_tensors(model: PeftModel, folder: Path, adapter: str = "default
             )
     with torch.no_grad():
         for name, module in model.named_modules():
-            if isinstance(module, ExpertsLora):
+            if isinstance(module, ExpertsLora) and adapter in module.r:
                 for projection in PROJECTIONS:
                     prefix = f"{name}{_NEST[projection]}"
                     a_EIR = getattr(module, f"lora_A_{projection}")[adapter]

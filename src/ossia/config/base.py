@@ -116,6 +116,22 @@ def parse_bytes(text: str, flag: str) -> int:
     return int(number * (1024 if unit.endswith("i") else 1000) ** power)
 
 
+def parse_seconds(text: str, flag: str) -> float:
+    """`2h`, `90m`, `1h30m`, `45s`, `1d` in seconds.
+
+    Raises:
+        UsageError: anything else, a bare number too; `flag` is named.
+    """
+    match = re.fullmatch(
+        r"(?:(\d+)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip().lower()
+    )
+    parts = [float(part or 0) for part in match.groups()] if match else []
+    seconds = sum(part * unit for part, unit in zip(parts, (86_400, 3_600, 60, 1), strict=False))
+    if not seconds:
+        raise UsageError(f"{flag} got {text!r}; it takes a time such as 2h, 90m or 1h30m")
+    return seconds
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """The options in a YAML file; UsageError naming file and line where it is not one."""
     import yaml

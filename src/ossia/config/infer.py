@@ -32,7 +32,10 @@ class InferConfig(TemplateOptions, AdapterOptions, ModelOptions, Config):
 
     val_dataset: list[str] = opt([], "answer these rows instead of a conversation", group="batch")
     result_path: str | None = opt(None, "JSONL file for the answers", group="batch")
-    max_batch_size: int = opt(8, "rows answered at a time", group="batch")
+    max_batch_size: int = opt(32, "rows answered at a time", group="batch")
+    logprobs: bool = opt(False, "write each token's log-probability", group="batch")
+    top_logprobs: int = opt(0, "likeliest tokens written beside each, with --logprobs true", group="batch")
+    resume: bool = opt(True, "go on with what a killed run left in RESULT.part; false: start anew", group="batch")
 
     def validate(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -47,5 +50,11 @@ class InferConfig(TemplateOptions, AdapterOptions, ModelOptions, Config):
         self.validate_adapters()
         if self.model is None and not self.adapters:
             raise UsageError("give --model DIR, or --adapters RUN/checkpoint-N")
+        if not 0 <= self.top_logprobs <= 20:
+            raise UsageError(f"--top_logprobs is {self.top_logprobs}; it must be 0 to 20")
+        if self.top_logprobs and not self.logprobs:
+            raise UsageError("--top_logprobs goes with --logprobs true")
+        if self.logprobs and not self.val_dataset:
+            raise UsageError("--logprobs goes with --val_dataset FILE")
         if self.result_path and not self.val_dataset:
             raise UsageError("--result_path goes with --val_dataset FILE")

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ossia.config.base import Config, opt, parse_bytes
+from ossia.config.base import Config, opt, parse_bytes, parse_seconds
 from ossia.config.parts import DATA_TITLES, MODEL_TITLES, AdapterOptions, DataOptions, ModelOptions, TemplateOptions
 from ossia.errors import UsageError
+
+ZERO = ("zero2", "zero3")
+FSDP = ("full_shard", "shard_grad_op", "auto_wrap", "offload")
 
 
 @dataclass
@@ -82,6 +85,21 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
     memory_budget: str | None = opt(
         None, "GPU memory a gpt-oss run may take, such as 16GB; default: what is free", group="train"
     )
+    max_time: str | None = opt(
+        None, "stop after so long, such as 90m or 1h30m, with a checkpoint and the line that goes on", group="train"
+    )
+    deterministic: bool = opt(
+        False, "the same numbers from the same run, at some cost; operations that cannot are named", group="train"
+    )
+    deepspeed: str | None = opt(
+        None, "with several processes: DeepSpeed by zero2, zero3, or a JSON file of its options", group="train"
+    )
+    fsdp: str | None = opt(
+        None,
+        "with several processes: shard weights by FSDP2; full_shard (gathered again in backward) or shard_grad_op "
+        "(kept), with or without offload",
+        group="train",
+    )
     dataloader_num_workers: int = opt(0, "processes that assemble batches", group="train")
 
     logging_steps: int = opt(5, "optimizer steps between log lines", group="eval")
@@ -93,6 +111,9 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
         choices=["no", "steps", "epoch"],
     )
     eval_steps: int = opt(50, "optimizer steps between evaluations", group="eval")
+    early_stopping_patience: int | None = opt(
+        None, "stop after this many evaluations in a row without a lower held-out loss", group="eval"
+    )
     eval_on_start: bool = opt(False, "evaluate once before training", group="eval")
     sample_prompts: int = opt(
         2, "held-out prompts answered at the start by the base, at each evaluation by the tuned model", group="eval"
@@ -101,7 +122,15 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
     save_strategy: str = opt("steps", "when to save a checkpoint", group="eval", choices=["no", "steps", "epoch"])
     save_steps: int = opt(50, "optimizer steps between checkpoints", group="eval")
     save_total_limit: int | None = opt(None, "checkpoints kept; the best one is never deleted", group="eval")
-    resume_from_checkpoint: str | None = opt(None, "checkpoint-N folder to go on from", group="eval")
+    resume: str | None = opt(
+        None,
+        "go on in the same run folder: auto (the newest run of these options in --output_dir; none: start one), a run "
+        "folder, or its checkpoint-N",
+        group="eval",
+    )
+    resume_from_checkpoint: str | None = opt(
+        None, "go on from a checkpoint-N folder in a new run folder, also with other options", group="eval"
+    )
 
     output_dir: str = opt("output", "parent of the run's folder", group="track")
     add_version: bool = opt(True, "make output_dir/vN-<time>/; false: write into output_dir itself", group="track")
@@ -120,7 +149,6 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
         choices=["local", "cloud", "offline"],
     )
 
-    deepspeed: str | None = opt(None, "zero2, zero3 …: sharding of base weights", group="compat")
     use_liger_kernel: bool = opt(False, "fused loss and norms", group="compat")
     bf16: bool | None = opt(None, "same as --torch_dtype bfloat16", group="compat")
     fp16: bool | None = opt(None, "refused: gpt-oss overflows in fp16", group="compat")
@@ -137,6 +165,8 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
         self.validate_adapters()
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget, "--memory_budget")
+        if self.max_time is not None:
+            parse_seconds(self.max_time, "--max_time")
         for name in (
             "lora_rank",
             "per_device_train_batch_size",
@@ -152,6 +182,14 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
             raise UsageError(f"--sample_prompts is {self.sample_prompts}; it must be 0 or more")
         if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
             raise UsageError(f"--dataset_num_proc is {self.dataset_num_proc}; it must be at least 1")
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise UsageError(f"--early_stopping_patience is {self.early_stopping_patience}; it must be at least 1")
+            if not (self.val_dataset or self.split_dataset_ratio) or self.eval_strategy == "no":
+                raise UsageError(
+                    "--early_stopping_patience goes by held-out loss: give --val_dataset or "
+                    "--split_dataset_ratio, and not --eval_strategy no"
+                )
         if self.packing_length is not None and not self.packing:
             raise UsageError("--packing_length goes with --packing true")
         if self.packing_length is not None and self.packing_length < self.max_length:
@@ -169,6 +207,9 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
             raise UsageError("nothing to train: give --num_train_epochs or --max_steps above 0")
         if self.learning_rate <= 0:
             raise UsageError(f"--learning_rate is {self.learning_rate}; it must be above 0")
+        self._validate_sharding()
+        if self.resume and self.resume_from_checkpoint:
+            raise UsageError("--resume goes on in the same run, --resume_from_checkpoint in a new one: give one")
         if self.fp16:
             raise UsageError("--fp16: gpt-oss overflows in fp16; use --torch_dtype bfloat16")
         if self.bf16:
@@ -184,11 +225,16 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
             notes.append(
                 "--use_liger_kernel: not needed, the loss is chunked here and logits are never whole in memory"
             )
-        if self.deepspeed and processes == 1:
-            notes.append(f"--deepspeed {self.deepspeed}: one process has nothing to shard; going on without it")
-        elif self.deepspeed:
-            notes.append(
-                f"--deepspeed {self.deepspeed}: not used; only adapters have gradients and optimizer states, "
-                f"so {processes} processes train data-parallel (DDP)"
-            )
+        for name in ("deepspeed", "fsdp"):
+            if getattr(self, name) and processes == 1:
+                notes.append(f"--{name} {getattr(self, name)}: one process has nothing to shard; going on without it")
         return notes
+
+    def _validate_sharding(self) -> None:
+        if self.deepspeed and self.fsdp:
+            raise UsageError("--deepspeed and --fsdp both shard; give one of them")
+        if self.deepspeed and self.deepspeed not in ZERO and not self.deepspeed.endswith(".json"):
+            raise UsageError(f"--deepspeed got {self.deepspeed!r}; it takes {', '.join(ZERO)} or a .json file")
+        unknown = set((self.fsdp or "").split()) - set(FSDP)
+        if unknown:
+            raise UsageError(f"--fsdp got {sorted(unknown)[0]!r}; it takes {', '.join(FSDP)}")

@@ -1,65 +1,203 @@
-"""Answers to the rows of a file, one JSON object a line, in the file's order."""
+"""Answers to the rows of a file, one JSON object a line, in the file's order.
+
+While rows are answered, those that are done are appended to `<result>.part`, in the order they end; the result itself
+is written from there in one step when all are. A run that was killed goes on from it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
+from ossia.adapters.files import CONFIG, WEIGHTS, check_adapter
+from ossia.adapters.origin import fingerprint
 from ossia.config import InferConfig
 from ossia.config.parts import DataOptions
 from ossia.console import progress, say
 from ossia.data.render import Counts, conversations
 from ossia.errors import UsageError
-from ossia.infer.engine import Engine, Sampling
+from ossia.infer.metrics import metrics_line
+from ossia.infer.sampling import Sampling, Token
+from ossia.template.base import Template
 from ossia.template.messages import Conversation, Message
 
+if TYPE_CHECKING:
+    from ossia.infer.engine import Engine, Request
 
-def answer_file(engine: Engine, config: InferConfig) -> None:
-    """Write `response`, `labels`, `logprobs`, `messages` (as ms-swift names them), `reasoning` and `finish_reason`."""
-    rows = list(conversations(config.val_dataset, DataOptions(), Counts(), "--val_dataset"))
-    path = Path(str(config.result_path)).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens)
-    started, tokens = time.monotonic(), 0
-    try:
-        out = path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--result_path {path}: cannot be written ({error.strerror})") from error
-    with out, progress("answering", len(rows), "rows") as advance:
-        for start in range(0, len(rows), config.max_batch_size):
-            part = rows[start : start + config.max_batch_size]
-            tokens += _answer(engine, part, sampling, out)
-            advance(len(part))
-    seconds = time.monotonic() - started
-    say(
-        f"{len(rows):,} answers in {path} ({seconds:.1f} s, {len(rows) / seconds:.2f} rows/s, "
-        f"{tokens / seconds:.0f} tokens/s)"
-    )
+_NOT_OF_ANSWERS = {"config", "debug", "device", "stream", "markdown", "max_batch_size", "resume", "result_path"}
+"""Options that change no answer."""
 
 
-def _answer(engine: Engine, rows: list[Conversation], sampling: Sampling, out: TextIO) -> int:
-    asked = [_question(row) for row in rows]
-    prompts = [
-        engine.template.prompt(messages, tools=row.tools, reasoning_effort=row.reasoning_effort)
-        for row, (messages, _) in zip(rows, asked, strict=True)
-    ]
-    replies = engine.generate(prompts, sampling)
-    for (messages, label), ids in zip(asked, replies, strict=True):
-        reply = engine.template.parse(ids)
-        answer = {"role": "assistant", "content": reply.content}
-        row = {
+@dataclass
+class Answers:
+    """The rows of `--val_dataset`, their prompts, and what is answered already."""
+
+    config: InferConfig
+    template: Template
+    path: Path
+    rows: list[Conversation]
+    prompts: list[list[int]]
+    done: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: InferConfig, base: Path, template: Template) -> Answers:
+        """Read the rows, and what a run that was killed has left. Loads no model.
+
+        Raises:
+            UsageError: rows that cannot be read, a result that cannot be written, a rest of other rows or settings.
+        """
+        rows = list(conversations(config.val_dataset, DataOptions(), Counts(), "--val_dataset"))
+        prompts = [
+            template.prompt(_question(row)[0], tools=row.tools, reasoning_effort=row.reasoning_effort) for row in rows
+        ]
+        answers = cls(config, template, Path(str(config.result_path)).expanduser(), rows, prompts)
+        answers._take_up(_identity(config, base, template, rows, prompts))
+        return answers
+
+    @property
+    def part(self) -> Path:
+        """Where rows that are done wait for the others."""
+        return self.path.with_name(self.path.name + ".part")
+
+    def answer(self, engine: Engine) -> None:
+        """Answer what is left, longest prompts first.
+
+        Raises:
+            UsageError: a prompt that the model cannot take; nothing was answered then.
+        """
+        left = sorted(set(range(len(self.rows))) - self.done.keys(), key=lambda row: -len(self.prompts[row]))
+        for row in left:
+            if len(self.prompts[row]) >= engine.max_length:
+                raise UsageError(
+                    f"--val_dataset: row {row + 1} has {len(self.prompts[row]):,} tokens; with room for an answer a "
+                    f"prompt may have {engine.max_length - 1:,}"
+                )
+        running: dict[Request, int] = {}
+        for row in left:
+            running[engine.submit(self.prompts[row], _sampling(self.config, row))] = row
+        started, tokens = time.monotonic(), 0
+
+        def rate() -> str:
+            return f"{tokens / max(time.monotonic() - started, 1e-9):,.0f} tokens/s"
+
+        with self.part.open("ab") as part, progress("answering", len(left), "rows", rate) as advance:
+            while running:
+                came = engine.step()
+                tokens += len(came)
+                for request in dict.fromkeys(request for request, _ in came):
+                    if request.finish_reason is None:
+                        continue
+                    row = running.pop(request)
+                    self.done[row] = self._answered(row, request)
+                    part.write(_line({"row": row, "answer": self.done[row]}))
+                    part.flush()
+                    os.fsync(part.fileno())
+                    advance(1)
+        seconds = time.monotonic() - started
+        say(f"{len(left):,} rows answered in {seconds:.1f} s ({len(left) / seconds:.2f} rows/s, {rate()})")
+
+    def finish(self) -> None:
+        """Write the result in the rows' order, and say how good it is where rows have answers of their own."""
+        whole = self.path.with_name(self.path.name + ".whole")
+        with whole.open("wb") as file:
+            for row in range(len(self.rows)):
+                file.write(_line(self.done[row]))
+            file.flush()
+            os.fsync(file.fileno())
+        whole.replace(self.path)
+        self.part.unlink(missing_ok=True)
+        say(f"{len(self.rows):,} answers in {self.path}")
+        pairs = [(done["response"], done["labels"]) for done in self.done.values() if done["labels"]]
+        if pairs:
+            say(metrics_line(*map(list, zip(*pairs, strict=True))))
+
+    def _take_up(self, identity: str) -> None:
+        """Start the file of finished rows, or read it."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_dir():
+                raise IsADirectoryError(21, "it is a folder")
+            lines = (
+                self.part.read_bytes().splitlines(keepends=True) if self.config.resume and self.part.exists() else []
+            )
+            # A line without its end was being written when the run was killed.
+            lines = [line for line in lines if line.endswith(b"\n")]
+            if not lines:
+                self.part.write_bytes(_line({"rows": len(self.rows), "identity": identity}))
+                return
+            if json.loads(lines[0]).get("identity") != identity:
+                raise UsageError(
+                    f"{self.part} has answers to other rows, of another model or by other settings; --resume false "
+                    "drops them, another --result_path keeps them"
+                )
+            self.done = {entry["row"]: entry["answer"] for entry in map(json.loads, lines[1:])}
+            with self.part.open("r+b") as file:
+                file.truncate(sum(map(len, lines)))
+        except OSError as error:
+            raise UsageError(f"--result_path {self.path}: cannot be written ({error.strerror})") from error
+        if self.done:
+            say(f"going on: {len(self.done):,} of {len(self.rows):,} rows are answered in {self.part}")
+
+    def _answered(self, row: int, request: Request) -> dict[str, Any]:
+        messages, label = _question(self.rows[row])
+        reply = self.template.parse(request.ids)
+        return {
             "response": reply.content,
             "labels": label,
-            "logprobs": None,
-            "messages": [*map(plain_message, messages), answer],
+            "logprobs": openai_logprobs(self.template, request.tokens) if self.config.logprobs else None,
+            "messages": [*map(plain_message, messages), {"role": "assistant", "content": reply.content}],
             "reasoning": reply.thinking or None,
-            "finish_reason": "stop" if reply.finished else "length",
+            "finish_reason": request.finish_reason,
+            "prompt_tokens": len(request.prompt),
+            "completion_tokens": len(request.tokens),
         }
-        out.write(json.dumps(row, ensure_ascii=False) + "\n")
-    out.flush()
-    return sum(map(len, replies))
+
+
+def openai_logprobs(template: Any, tokens: Sequence[Token]) -> dict[str, Any]:
+    """Tokens' log-probabilities as OpenAI's API and ms-swift shape them; `bytes` is null for part of a character."""
+
+    def entry(id: int, logprob: float | None) -> dict[str, Any]:
+        text = template.tokenizer.decode([id])
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+    return {
+        "content": [
+            {**entry(token.id, token.logprob), "top_logprobs": [entry(*other) for other in token.top]}
+            for token in tokens
+        ]
+    }
+
+
+def _sampling(config: InferConfig, row: int) -> Sampling:
+    """Every row draws by itself, so that neither the batch nor a new start changes it."""
+    asked = config.top_logprobs if config.logprobs else None
+    return Sampling(config.temperature, config.top_p, config.max_new_tokens, (config.seed << 32) + row, asked)
+
+
+def _identity(
+    config: InferConfig, base: Path, template: Template, rows: list[Conversation], prompts: list[list[int]]
+) -> str:
+    """A text that differs where an answer may: weights, settings, prompts and labels."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_ANSWERS}
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    found.update((template.fingerprint() + fingerprint(base)).encode())
+    for name in config.adapters:
+        for file in (CONFIG, WEIGHTS):
+            with (check_adapter(name) / file).open("rb") as stream:
+                found.update(hashlib.file_digest(stream, "sha256").digest())
+    for row, prompt in zip(rows, prompts, strict=True):
+        found.update(json.dumps([prompt, _question(row)[1]]).encode())
+    return found.hexdigest()
+
+
+def _line(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def _question(row: Conversation) -> tuple[list[Message], str | None]:

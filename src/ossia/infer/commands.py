@@ -86,14 +86,8 @@ def _params(session: Session, argument: str) -> None:
         changed: dict[str, Any] = {name: value.strip()}
         session.config = dataclasses.replace(session.config, **changed)
         if name == "seed":
-            _seed(session)
+            session.reseed()
     session.note(", ".join(f"{name} {getattr(session.config, name)}" for name in PARAMS))
-
-
-def _seed(session: Session) -> None:
-    from transformers import set_seed
-
-    set_seed(session.config.seed)
 
 
 def _reset(session: Session, argument: str) -> None:
@@ -144,7 +138,7 @@ def _compare(session: Session, argument: str) -> None:
     for heading, context in (("with the adapter", nullcontext()), ("without the adapter", without)):
         session.console.print(f"\n{heading}:", style="bold")
         # Both draw the same random numbers.
-        _seed(session)
+        session.reseed()
         with context:
             session.reply(messages)
 

@@ -26,29 +26,37 @@ def run(config: InferConfig) -> None:
     find_datasets(config.val_dataset, "--val_dataset")
     if config.val_dataset and not config.result_path:
         raise UsageError("--val_dataset needs --result_path FILE.jsonl for the answers")
-    engine = load_engine(config)
     if config.val_dataset:
-        from ossia.infer.batch import answer_file
-
-        answer_file(engine, config)
+        answer_rows(config)
     else:
         from ossia.infer.chat import chat
 
-        chat(engine, config)
+        chat(load_engine(config), config)
+
+
+def answer_rows(config: InferConfig) -> None:
+    """Answer the rows that `--val_dataset` names; everything wrong with them is said before weights load."""
+    from ossia.infer.batch import Answers
+
+    folder, template = template_of(config)
+    answers = Answers.of(config, folder, template)
+    if len(answers.done) < len(answers.rows):
+        from ossia.infer.engine import Engine
+
+        answers.answer(Engine(model_of(config, folder), template, max_batch_size=config.max_batch_size))
+    answers.finish()
 
 
 def load_engine(config: InferConfig) -> Any:
-    """The engine that the options ask for; everything wrong with names and files is said before weights load."""
+    """An engine for one request at a time; everything wrong with names and files is said before weights load."""
     folder, template = template_of(config)
     from ossia.infer.engine import Engine
 
-    return Engine(model_of(config, folder), template)
+    return Engine(model_of(config, folder), template, max_batch_size=1)
 
 
 def model_of(config: InferConfig, folder: Path) -> Any:
     """The model in `folder`, with the adapters that the options name."""
-    from transformers import set_seed
-
     from ossia.adapters.io import load_adapter
     from ossia.adapters.origin import check_origin
     from ossia.model.load import load_model
@@ -60,7 +68,6 @@ def model_of(config: InferConfig, folder: Path) -> Any:
     with one_adapter(config.adapters, config.adapter_weights) if config.adapters else nullcontext() as adapter:
         if adapter is not None:
             check_origin(adapter, folder)
-        set_seed(config.seed)
         model: Any = load_model(
             folder, torch_dtype=config.torch_dtype, device=config.device, experts=config.experts, attn_impl=attention
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -21,6 +22,14 @@ class Session:
     console: Console
     messages: list[Message] = field(default_factory=list)
     think: str = "show"
+    draws: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reseed()
+
+    def reseed(self) -> None:
+        """From here on replies are drawn as in a conversation that begins."""
+        self.draws = random.Random(self.config.seed)
 
     @property
     def conversation(self) -> list[Message]:
@@ -60,8 +69,10 @@ class Session:
                 if config.stream:
                     display.push(splitter.push(token))
 
+            seed = self.draws.getrandbits(32)
+            sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens, seed)
             try:
-                self.engine.generate([prompt], Sampling(config.temperature, config.top_p, config.max_new_tokens), take)
+                self.engine.generate([prompt], sampling, take)
             except KeyboardInterrupt:
                 stopped = True
             if not config.stream:

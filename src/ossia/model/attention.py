@@ -92,6 +92,13 @@ class Attention(GptOssAttention):
         biases = [layer.bias.data for layer in layers if layer.bias is not None]
         self._stacked = weight, torch.cat(biases) if biases else None
 
+    def stacked(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of all three, stacked."""
+        if self._stacked is None:
+            self.stack()
+        assert self._stacked is not None
+        return self._stacked
+
     def _apply(self, fn: Any, recurse: bool = True) -> Attention:
         """What moves the weights takes them apart."""
         self._stacked = None

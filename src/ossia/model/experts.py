@@ -8,18 +8,15 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ossia.kernels import expert_mlp
 from ossia.kernels.available import HAS_TRITON
-from ossia.kernels.expert_mlp import Frozen, Memory
+from ossia.kernels.expert_mlp import Adapter, Frozen, Memory
 from ossia.model.names import PROJECTIONS, Projection
-
-if TYPE_CHECKING:
-    from ossia.kernels.expert_mlp.fused import Adapter
 
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 """Where a configuration has none."""
@@ -67,7 +64,7 @@ class Experts(nn.Module):
         """Expand the weights for good, bfloat16, with room for an adapter of rank `tail`, in place of their blocks:
         spends memory on time."""
         for name in PROJECTIONS:
-            frozen = self._frozen(name)
+            frozen = self.frozen(name)
             empty_Er = frozen.bias_EO.new_zeros(self.num_experts, 1, tail)
             a_EIr = empty_Er.expand(-1, frozen.inputs, -1) if tail else None
             b_ErO = empty_Er.transpose(1, 2).expand(-1, -1, frozen.bias_EO.shape[1]) if tail else None
@@ -96,7 +93,7 @@ class Experts(nn.Module):
             adapters: one adapter of both projections, on the fused path, where `fuses` says so.
             scale: of `adapters`.
         """
-        gate_up, down = self._frozen("gate_up_proj"), self._frozen("down_proj")
+        gate_up, down = self.frozen("gate_up_proj"), self.frozen("down_proj")
         common = (hidden_TH, index_TK, weight_TK, gate_up, down, self.alpha, self.limit)
         if delta is None and fuses(hidden_TH):
             from ossia.kernels.expert_mlp.fused import expert_mlp as fused
@@ -107,7 +104,8 @@ class Experts(nn.Module):
         out_TH = expert_mlp.reference(*common, deltas[0], deltas[1])
         return out_TH if residual_TH is None else residual_TH + out_TH
 
-    def _frozen(self, name: Projection) -> Frozen:
+    def frozen(self, name: Projection) -> Frozen:
+        """A projection's weight as it is held."""
         bias_EO, (inputs, _) = self.get_parameter(f"{name}_bias"), self.sizes[name]
         if name in self._wide:
             return Frozen(bias_EO, inputs, wide=self._wide[name])

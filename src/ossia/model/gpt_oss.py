@@ -161,6 +161,7 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
 
     def __init__(self, config: GptOssConfig, quantized: bool = False) -> None:
         super().__init__(config)
+        self._no_split_modules = [DecoderLayer.__name__]
         model = self.model
         model.layers = nn.ModuleList(DecoderLayer(config, i, quantized) for i in range(config.num_hidden_layers))
         model.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)

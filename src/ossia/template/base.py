@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from ossia.errors import UsageError, nearest
-from ossia.template.messages import Conversation, Message, Rendered, Reply
+from ossia.template.messages import Conversation, Message, Piece, Rendered, Reply
 
 Base = Literal["default", "last_round", "all"]
 BASES: tuple[Base, ...] = ("default", "last_round", "all")
@@ -41,11 +41,20 @@ class Splitter(Protocol):
         """What is still held back when the reply ends."""
         ...
 
+    def read(self, token: int) -> list[Piece]:
+        """As `push`, with parts and calls told apart; a reply is taken by one of the two."""
+        ...
+
+    def rest(self) -> list[Piece]:
+        """As `flush`, for `read`."""
+        ...
+
 
 class Template(Protocol):
     """A chat format: messages to token ids with loss weights, and generated ids back to a reply."""
 
     name: str
+    tokenizer: Any
     stop_ids: list[int]
     pad_id: int
 

@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 
 from ossia.errors import OssiaError
 from ossia.template.base import LossWeights, TextStream, digest, plain_text
-from ossia.template.messages import Conversation, Message, Rendered, Reply
+from ossia.template.messages import Conversation, Message, Piece, Rendered, Reply
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THINK = re.compile(r"\s*(<think>)?(.*?)</think>\s*", re.DOTALL)
@@ -300,6 +300,9 @@ def _arguments(text: str) -> Any:
     return value if isinstance(value, dict) else text
 
 
+_PARTS = {"start": (1, "final"), "analysis": (0, "analysis"), "final": (1, "final")}
+
+
 class ThinkSplitter:
     """`Splitter` of replies with `<think>…</think>` at their start; white space around the two parts is left out."""
 
@@ -325,6 +328,23 @@ class ThinkSplitter:
         if rest:
             pieces.append(("analysis" if self._part == "analysis" else "final", rest))
         return pieces
+
+    def read(self, token: int) -> list[Piece]:
+        """As `push`, in two parts: reasoning and answer."""
+        pieces = self._pieces(self.push(token))
+        if token in self._skip:
+            return pieces
+        if not pieces:
+            return [Piece(*_PARTS[self._part], "", ids=(token,))]
+        return [*pieces[:-1], pieces[-1]._replace(ids=(token,))]
+
+    def rest(self) -> list[Piece]:
+        """As `flush`, for `read`."""
+        return self._pieces(self.flush())
+
+    @staticmethod
+    def _pieces(shown: list[tuple[str, str]]) -> list[Piece]:
+        return [Piece(*_PARTS[channel], text) for channel, text in shown]
 
     def _take(self) -> list[tuple[str, str]]:
         pieces: list[tuple[str, str]] = []

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from ossia.errors import OssiaError
 from ossia.template.base import LossWeights, TextStream, digest, plain_text
-from ossia.template.messages import EFFORTS, Conversation, Message, Rendered, Reply, ToolCall
+from ossia.template.messages import EFFORTS, Conversation, Message, Piece, Rendered, Reply, ToolCall
 
 REQUIRED_TOKENS = ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>")
 
@@ -429,24 +429,40 @@ class HarmonySplitter:
 
     def push(self, token: int) -> list[tuple[str, str]]:
         """(channel, text) pieces that became printable with this token."""
-        before = self._reader.part
-        added = self._reader.feed(token)
-        part = self._reader.part
-        pieces: list[tuple[str, str]] = []
-        if part is not before:
-            if before is not None:
-                pieces.append((before.channel, self._text.flush() + (")" if before.call is not None else "")))
-            if part is not None and part.call is not None:
-                pieces.append((part.channel, f"{part.call}("))
-        if part is not None:
-            pieces += [(part.channel, self._text.push(token)) for token in added]
-        return [piece for piece in pieces if piece[1]]
+        before, number = self._reader.part, len(self._reader.parts) - 1
+        pieces = self.read(token)
+        shown = [(piece.channel, piece.text if piece.text or piece.ids else f"{piece.call}(") for piece in pieces]
+        if before is not None and before.call is not None and before is not self._reader.part:
+            shown.insert(sum(piece.part == number for piece in pieces), (before.channel, ")"))
+        return [piece for piece in shown if piece[1]]
 
     def flush(self) -> list[tuple[str, str]]:
         """What is still held back when the reply ends."""
+        return [(piece.channel, piece.text) for piece in self.rest()]
+
+    def read(self, token: int) -> list[Piece]:
+        """As `push`, with parts and calls told apart."""
+        before = self._reader.part
+        added = self._reader.feed(token)
         part = self._reader.part
-        rest = self._text.flush()
-        return [(part.channel, rest)] if part is not None and rest else []
+        pieces: list[Piece] = []
+        if part is not before:
+            if before is not None and (held := self._text.flush()):
+                number = len(self._reader.parts) - 1 - (part is not None)
+                pieces.append(Piece(number, before.channel, held, before.call))
+            if part is not None and part.call is not None:
+                pieces.append(self._piece(""))
+        return pieces + [self._piece(self._text.push(id), id) for id in added]
+
+    def rest(self) -> list[Piece]:
+        """As `flush`, for `read`."""
+        held = self._text.flush()
+        return [self._piece(held)] if self._reader.part is not None and held else []
+
+    def _piece(self, text: str, *ids: int) -> Piece:
+        part = self._reader.part
+        assert part is not None
+        return Piece(len(self._reader.parts) - 1, part.channel, text, part.call, ids)
 
 
 def tools_section(tools: Sequence[dict[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "developer", "user", "assistant", "tool")
@@ -75,3 +75,18 @@ class Reply:
     thinking: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     finished: bool = True
+
+
+class Piece(NamedTuple):
+    """What a generated token made certain: more of one part of the reply.
+
+    `part` counts the parts of the reply, from 0. `call` is the function that the part calls; `text` is then more of its
+    arguments, and the first piece of a call has no text. `ids` are the tokens that joined the part with this piece;
+    their text may come later.
+    """
+
+    part: int
+    channel: str
+    text: str
+    call: str | None = None
+    ids: tuple[int, ...] = ()

@@ -61,6 +61,7 @@ def make_trackers(
     swanlab_workspace: str | None = None,
     swanlab_exp_name: str | None = None,
     swanlab_logdir: Path | None = None,
+    run_ids: dict[str, str] | None = None,
 ) -> Trackers:
     """The started trackers of a run. `report_to` None (ranks other than 0): nothing is written at all."""
     if report_to is None:
@@ -97,6 +98,7 @@ def make_trackers(
             environment=_without_secrets(environment or {}),
             tags=tuple(tags),
             data=data or {},
+            run_ids=run_ids or {},
         )
     )
     return trackers

@@ -35,6 +35,8 @@ class RunInfo:
     environment: dict[str, Any] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
+    run_ids: dict[str, str] = field(default_factory=dict)
+    """Of the run that this one goes on with, by tracker."""
 
 
 class Tracker(Protocol):
@@ -98,6 +100,13 @@ class Trackers:
     def names(self) -> list[str]:
         """Those still in use."""
         return [t.name for t in self._direct] + [w.tracker.name for w in self._workers]
+
+    @property
+    def run_ids(self) -> dict[str, str]:
+        """What each tracker in use calls this run, where it says so."""
+        trackers = [*self._direct, *(worker.tracker for worker in self._workers)]
+        ids = {tracker.name: getattr(tracker, "run_id", None) for tracker in trackers}
+        return {name: run_id for name, run_id in ids.items() if run_id}
 
     def start(self, run: RunInfo) -> None:
         """Start all, threaded ones at the same time; waits at most `start_limit`."""

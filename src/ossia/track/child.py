@@ -22,8 +22,6 @@ from ossia.errors import OssiaError
 from ossia.track.base import RunInfo, Status
 
 LINGER_S = 60.0
-IDS = "trackers.json"
-_one_at_a_time = threading.Lock()
 _CHILD = "from ossia.track.child import serve; serve()"
 
 Ending = str
@@ -34,7 +32,7 @@ class Session(Protocol):
     """A library's run, in the child."""
 
     reply: dict[str, str]
-    """What `ChildTracker.where` is told; `id` is kept for a resumed run."""
+    """What `ChildTracker.where` is told; `id` is the library's name for the run, by which one goes on with it."""
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 
@@ -56,6 +54,7 @@ class ChildTracker:
     """Ends a line about an answer that didn't come."""
 
     def __init__(self) -> None:
+        self.run_id: str | None = None
         self._child: subprocess.Popen[bytes] | None = None
 
     def packages(self) -> tuple[str, ...]:
@@ -81,12 +80,11 @@ class ChildTracker:
             start_new_session=True,  # Ctrl+C at the terminal is for training; it tells the child
             env={**os.environ, **self.variables(run)},
         )
-        self._send({**self.options(run), "id": _ids(run.run_dir).get(self.extra)})
+        self._send({**self.options(run), "id": run.run_ids.get(self.name)})
         reply = self._answer_to_start()
         if "error" in reply:
             raise OssiaError(reply["error"])
-        if reply.get("id"):
-            _keep_id(run.run_dir, self.extra, reply["id"])
+        self.run_id = reply.get("id") or None
         return self.where(reply)
 
     def variables(self, run: RunInfo) -> dict[str, str]:
@@ -166,18 +164,6 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + key] = value
     return found
-
-
-def _ids(run_dir: Path) -> dict[str, str]:
-    with contextlib.suppress(OSError, ValueError):
-        found: dict[str, str] = json.loads((run_dir / IDS).read_text(encoding="utf-8"))
-        return found
-    return {}
-
-
-def _keep_id(run_dir: Path, tracker: str, name: str) -> None:
-    with _one_at_a_time:
-        (run_dir / IDS).write_text(json.dumps({**_ids(run_dir), tracker: name}) + "\n", encoding="utf-8")
 
 
 def serve() -> None:

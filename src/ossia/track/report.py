@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +16,12 @@ from ossia.config import SftConfig
 from ossia.config.base import read_yaml
 from ossia.errors import UsageError
 from ossia.track.base import RunInfo, Status
+from ossia.track.files import facts_of, json_of, note, write_aside
 from ossia.track.jsonl import METRICS
 from ossia.track.series import MetricsReader, points
 from ossia.web import render, to_json
 
-REPORT, FACTS, SAMPLES, EXPERTS = "report.html", "run.json", "samples.jsonl", "experts.json"
+REPORT, SAMPLES, EXPERTS = "report.html", "samples.jsonl", "experts.json"
 REFRESH_S = 20.0
 _POINTS = 800
 _NO_ANSWER = {"before": None, "after": None}
@@ -63,20 +63,20 @@ class ReportTracker:
     def __init__(self, interval: float = REFRESH_S) -> None:
         self.interval = interval
         self._next = 0.0
-        self._facts: dict[str, Any] = {}
+        self._status = "running"
 
     def start(self, run: RunInfo) -> None:
         self._folder = run.run_dir
         self._reader = MetricsReader(run.run_dir / METRICS)
-        self._facts = {
-            "name": run.name,
-            "project": run.project,
-            "tags": list(run.tags),
-            "environment": run.environment,
-            "data": run.data,
-            "status": "running",
-            "started": time.time(),
-        }
+        note(
+            run.run_dir,
+            name=run.name,
+            project=run.project,
+            tags=list(run.tags),
+            environment=run.environment,
+            data=run.data,
+            started=time.time(),
+        )
         self._write()
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -90,22 +90,23 @@ class ReportTracker:
         """It is the page."""
 
     def finish(self, status: Status) -> None:
-        self._facts["status"] = status
+        self._status = status
         self._write()
 
     def _write(self) -> None:
         began = time.monotonic()
-        _put(self._folder / FACTS, json.dumps(self._facts, indent=1, ensure_ascii=False, default=str))
-        write_report(self._folder, self._reader)
+        write_report(self._folder, self._reader, self._status)
         now = time.monotonic()
         self._next = now + max(self.interval, 50 * (now - began))
 
 
-def write_report(run: Path, reader: MetricsReader | None = None) -> Path:
-    """Write a run's report from its folder; a `reader` of its metrics is read on. Returns the file."""
+def write_report(run: Path, reader: MetricsReader | None = None, status: str | None = None) -> Path:
+    """Write a run's report from its folder; a `reader` of its metrics is read on. `status` None: as noted there.
+    Returns the file."""
     reader = reader or MetricsReader(run / METRICS)
     reader.update()
-    facts = {**_NO_FACTS, **(_json(run / FACTS) or {})}
+    facts = {**_NO_FACTS, **facts_of(run)}
+    facts |= {"status": status} if status else {}
     config = _config(run)
     series = reader.series
     charts = [
@@ -113,7 +114,7 @@ def write_report(run: Path, reader: MetricsReader | None = None) -> Path:
         for chart in CHARTS
         if (names := names_of(chart, series))
     ]
-    experts = _json(run / EXPERTS)
+    experts = json_of(run / EXPERTS)
     data = {"charts": charts, "experts": experts, "running": facts["status"] == "running"}
     page = render(
         "ossia.track",
@@ -133,7 +134,7 @@ def write_report(run: Path, reader: MetricsReader | None = None) -> Path:
         options=[(name, _text(value)) for name, value in config.items()],
         data=to_json(data),
     )
-    _put(run / REPORT, page)
+    write_aside(run / REPORT, page)
     return run / REPORT
 
 
@@ -208,17 +209,3 @@ def _defaults() -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _put(file: Path, text: str) -> None:
-    """Write aside, then rename: a reader never sees half a file."""
-    aside = file.with_name(f".{file.name}.part")
-    aside.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(aside, file)

@@ -86,7 +86,7 @@ class _Session:
     def __init__(self, run: Any) -> None:
         self._run = run
         online = run.mode == "online"
-        self.reply = {"url": run.url if online else "", "dir": str(run.dir), "id": str(run.id) if online else ""}
+        self.reply = {"url": run.url if online else "", "dir": str(run.dir), "id": str(run.id)}
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         import swanlab
@@ -112,7 +112,7 @@ def connect(options: dict[str, Any]) -> _Session:
     import swanlab
 
     mode, name = options.pop("mode"), options.pop("id")
-    if mode == "cloud" and name:
+    if name:
         options |= {"id": name, "resume": "allow"}
     settings = swanlab.Settings(
         interactive=False,

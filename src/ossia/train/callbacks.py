@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ossia.console import say
+from ossia.console import is_main_process, say
 from ossia.track import Trackers
 from ossia.track.report import duration
 from ossia.train.folder import point
@@ -18,6 +22,10 @@ from ossia.train.folder import point
 _RENAMED = {"train_runtime": "train_seconds", "eval_runtime": "eval_seconds"}
 _DROPPED = {"total_flos", "epoch", "step"}
 _DROPPED |= {f"{run}_{unit}_per_second" for run in ("train", "eval") for unit in ("samples", "steps")}
+
+TERMINATE, INTERRUPT, TIME_UP = REASONS = ("SIGTERM", "Ctrl-C", "--max_time")
+RETRY_S = 60.0
+"""Seconds until a checkpoint that could not be written is tried again."""
 
 
 class TrackCallback(TrainerCallback):
@@ -85,31 +93,84 @@ class LinkCallback(TrainerCallback):
         point(self.run, "best", state.best_model_checkpoint or str(self.run / f"checkpoint-{state.global_step}"))
 
 
-class InterruptCallback(TrainerCallback):
-    """Makes sure that Ctrl-C ends training: where a library swallows the KeyboardInterrupt, the next step raises it."""
+class EvaluationStopped(Exception):
+    """The run was asked to stop while it evaluated."""
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
 
-    def on_train_begin(
+class StopCallback(TrainerCallback):
+    """Ends a run after the step in progress, with a checkpoint: on SIGTERM, on Ctrl-C, or when its time is up. Asks for
+    a checkpoint that could not be written again.
+
+    Args:
+        max_seconds: how long a run may take; None: as it likes.
+        began: `time.monotonic()` at its begin.
+    """
+
+    def __init__(self, max_seconds: float | None = None, began: float = 0.0) -> None:
+        self.reason = ""
+        self.unsaved = ""
+        self._asked = ""
+        self._heard: list[float] = []
+        self._retry_at = math.inf
+        self._end_at = math.inf if max_seconds is None else began + max_seconds
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals reach this object, in the main thread; a second Ctrl-C ends the process at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _signal(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self._asked:
+            os._exit(130)
+        self._asked = INTERRUPT if number == signal.SIGINT else TERMINATE
+        if is_main_process():
+            # print() may be under way below this handler.
+            os.write(1, f"{self._asked}: stopping after this step (Ctrl-C again: at once, nothing saved)\n".encode())
+
+    def wishes(self) -> list[float]:
+        """Of this process, 0 or 1: to stop for each of `REASONS`, to save."""
+        late = time.monotonic() >= self._end_at
+        stop = [self._asked == TERMINATE, self._asked == INTERRUPT, late]
+        return [float(wish) for wish in (*stop, time.monotonic() >= self._retry_at)]
+
+    def hear(self, wishes: list[float]) -> None:
+        """Take what all processes wish together."""
+        self._heard = wishes
+
+    def saved(self, name: str, failed: str) -> None:
+        """Take how the writing of a checkpoint went; `failed` says why it is not there."""
+        if failed:
+            say(f"{name} not saved: {failed}; training goes on, the next try is in {RETRY_S:.0f} s or at the next save")
+            self._retry_at = time.monotonic() + RETRY_S
+        elif self.unsaved:
+            say(f"{name} is saved; checkpoints are written again")
+        if not failed:
+            self._retry_at = math.inf
+        self.unsaved = failed
+
+    def end(self, control: TrainerControl) -> None:
+        """Save and stop."""
+        wishes = self._heard or self.wishes()
+        self.reason = next(reason for reason, wish in zip(REASONS, wishes, strict=False) if wish)
+        control.should_save = control.should_training_stop = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        wishes = self._heard if args.world_size > 1 else self.wishes()
+        if any(wishes[: len(REASONS)]):
+            self.end(control)
+        elif any(wishes):
+            control.should_save = True
+
+    def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._interrupt)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _interrupt(self, number: int, frame: Any) -> None:
-        self.asked = True
-        raise KeyboardInterrupt
+        if args.world_size == 1 and not self.reason and any(self.wishes()[: len(REASONS)]):
+            raise EvaluationStopped

@@ -10,6 +10,7 @@ from pathlib import Path
 from ossia.config import SftConfig
 from ossia.config.base import read_yaml
 from ossia.errors import UsageError
+from ossia.track.files import write_aside
 
 CONFIG = "config.yaml"
 
@@ -37,6 +38,11 @@ def point(run: Path, name: str, target: str | None) -> None:
     part.unlink(missing_ok=True)
     part.symlink_to(os.path.relpath(target, run), target_is_directory=True)
     os.replace(part, link)
+
+
+def save_options(run: Path, config: SftConfig) -> None:
+    """Write a run's resolved options, whole or not at all."""
+    write_aside(run / CONFIG, config.to_yaml())
 
 
 def run_of(checkpoint: Path) -> Path | None:

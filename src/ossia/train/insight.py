@@ -21,6 +21,7 @@ from ossia.data.store import TokenRow, TokenRows
 from ossia.model.gpt_oss import ExpertLoad, Router
 from ossia.template.base import Template
 from ossia.track import Trackers
+from ossia.track.files import write_aside
 from ossia.track.report import EXPERTS, SAMPLES
 
 _PROBE_ROWS, _PROBE_TOKENS = 8, 8_192
@@ -136,7 +137,8 @@ class ExpertCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._compare(args, state, model)
+        if _at_end(state):
+            self._compare(args, state, model)
 
     def _compare(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         if self.base_LE is None or not self.batches or self._step == state.global_step:
@@ -152,9 +154,7 @@ class ExpertCallback(TrainerCallback):
         found: dict[str, Any] = {"step": step, "layers": [*range(len(load_LE))]}
         for name, part_LE in (("load", load_LE), ("base", base_LE)):
             found[name] = [[round(value, 4) for value in row] for row in part_LE.tolist()]
-        aside = self.file.with_name(f".{self.file.name}.part")
-        aside.write_text(json.dumps(found), encoding="utf-8")
-        aside.replace(self.file)
+        write_aside(self.file, json.dumps(found))
 
     def _measure(self, model: Any, args: TrainingArguments) -> Tensor:
         before = self.load.counts_LEK.clone()
@@ -203,7 +203,8 @@ class SampleCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._sample(args, state, model, base=False)
+        if _at_end(state):
+            self._sample(args, state, model, base=False)
 
     def _sample(self, args: TrainingArguments, state: TrainerState, model: Any, base: bool) -> None:
         if not state.is_world_process_zero or (state.global_step == self._step and not base):
@@ -291,6 +292,11 @@ def _quietly(model: Any, args: TrainingArguments) -> Iterator[None]:
 
 def _will_log(args: TrainingArguments, state: TrainerState, step: int) -> bool:
     return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+
+
+def _at_end(state: TrainerState) -> bool:
+    """Whether training is over, and not only stopped: a run that goes on tells nothing twice."""
+    return state.global_step >= state.max_steps
 
 
 def has_experts(model: nn.Module) -> bool:

@@ -179,7 +179,8 @@ class Plan:
         moments.append(self._evaluation())
         for layer in reversed(range(s.layers)):
             made = gradients if s.accumulates else gradients * (s.layers - layer) // s.layers
-            moments.append(below + self._working(self.recompute[layer]) + made)
+            held = layer >= s.layers - self.held_layers
+            moments.append(below + self._working(self.recompute[layer], held) + made)
             below -= kept[layer]
         return self.weights + (16 if s.parallel else 12) * s.adapters + max(moments) + _LIBRARIES
 
@@ -197,15 +198,15 @@ class Plan:
         heads = 4 * s.eval_tokens * s.head_size * (s.heads + s.kv_heads)
         return max(experts, heads) + 4 * 2 * s.hidden * s.eval_tokens
 
-    def _working(self, kind: str) -> int:
-        """Beside what is kept: a layer's own backward."""
+    def _working(self, kind: str, held: bool) -> int:
+        """Beside what is kept: a layer's own backward; `held` experts are expanded already."""
         s = self.sizes
         again = {"none": 0, "experts": s.kept_gate_up, "layer": s.kept_rest + s.kept_gate_up}[kind]
         if kind == "layer" and self.inputs_on_host:
             again += 2 * s.kept_input  # this layer's, and the next one's on its way
         if not s.fused:
             again += s.top_k * s.tokens * 16 * s.inner
-        gate_up, down = s.expanded(self.experts_at_once)
+        gate_up, down = (0, 0) if held else s.expanded(self.experts_at_once)
         rows = s.top_k * s.tokens * 2
         back = rows * s.inner
         through_down = rows * (s.hidden + s.tail) + down + back

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
 import platform
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from ossia.adapters.files import base_model_of, check_adapter
 from ossia.adapters.targets import check_targets
 from ossia.compat import quiet_libraries
 from ossia.config import SftConfig
-from ossia.config.base import parse_bytes
+from ossia.config.base import parse_bytes, parse_seconds
 from ossia.console import say, tool
 from ossia.data.packing import PackedRows
 from ossia.data.prepare import prepare, split
@@ -26,19 +27,28 @@ from ossia.kernels.available import HAS_TRITON
 from ossia.model.folder import read_json, resolve_model, weight_files
 from ossia.model.tokenizer import load_tokenizer
 from ossia.template.options import template_from
+from ossia.track import read_metrics
+from ossia.track.files import facts_of, note
+from ossia.track.jsonl import METRICS
 from ossia.train.adapters import one_adapter, take_settings
-from ossia.train.folder import CONFIG, new_run_folder
-from ossia.train.launch import launch, processes_wanted
+from ossia.train.checkpoint import checkpoints
+from ossia.train.deterministic import before_cuda, deterministic
+from ossia.train.folder import new_run_folder, save_options
+from ossia.train.launch import launch, nodes_wanted, processes_wanted
 from ossia.train.plan import Plan, Sizes, adapter_parameters, make_plan
+from ossia.train.resume import Start, check_facts, data_facts, find_start, resume_command, take_back
+from ossia.train.sharding import check_sharding, lay_out, sharding_arguments
 
 if TYPE_CHECKING:
     import torch
     from transformers import TrainerCallback, TrainingArguments
 
     from ossia.track import Trackers
-    from ossia.train.trainer import SftTrainer
+    from ossia.train.callbacks import StopCallback
+    from ossia.train.trainer import SftTrainer, UnsoundStep
 
 
+BAD_BATCH = "bad_batch.jsonl"
 _PLANNED = ("auto", "flash")
 
 
@@ -57,36 +67,52 @@ def run(config: SftConfig) -> SftResult | None:
     Raises:
         UsageError, OssiaError: before any model loads where that is possible.
     """
+    began = time.monotonic()
     _check(config)
-    processes = processes_wanted()
-    for note in config.notes(int(os.environ.get("WORLD_SIZE", processes))) if "RANK" not in os.environ else []:
-        say(note)
-    if processes > 1 and not config.dry_run:
-        say(f"starting {processes} processes")
-        launch(processes)
-        return None
+    processes, nodes = processes_wanted(), nodes_wanted()
+    for line in config.notes(int(os.environ.get("WORLD_SIZE", processes * nodes))) if "RANK" not in os.environ else []:
+        say(line)
     folder = resolve_model(str(config.model))
     if Path(str(config.model)).is_dir():
         config.model = str(folder)
-    starts = config.adapters and not config.resume_from_checkpoint
+    if processes * nodes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        check_sharding(config, str(read_json(folder / "config.json").get("model_type")))
+    if processes * nodes > 1 and not config.dry_run:
+        say(f"starting {processes} processes" + (f" on each of {nodes} machines" if nodes > 1 else ""))
+        launch(processes)
+        return None
+    goes_on = config.resume_from_checkpoint or (config.resume and config.resume != "auto")
+    starts = config.adapters and not goes_on
     with one_adapter(config.adapters, config.adapter_weights) if starts else nullcontext() as adapter:
-        return _run(config, folder, adapter)
+        return _run(config, folder, adapter, began)
 
 
-def _run(config: SftConfig, folder: Path, adapter: Path | None) -> SftResult | None:
+def _run(config: SftConfig, folder: Path, adapter: Path | None, began: float) -> SftResult | None:
     if adapter is not None:
         from ossia.adapters.origin import check_origin
 
         take_settings(config, adapter)
         check_origin(adapter, folder)
     targets = check_targets(folder, config.target_modules, config.target_experts)
+    start = find_start(config)
     tokenizer = load_tokenizer(folder)
     template = template_from(tokenizer, config)
     rows, held = _data(config, template)
     if config.dry_run:
         say(config.to_yaml().rstrip())
         return None
-    return _train(config, folder, adapter, targets, tokenizer, template, rows, held)
+    facts = {"processes": int(os.environ.get("WORLD_SIZE", "1")), **data_facts(rows, held)}
+    if start.checkpoint is not None:
+        check_facts(start.checkpoint, facts)
+    if start.run is not None and facts_of(start.run).get("status") == "finished":
+        say(f"{start.run} is finished")
+        return _result(start.run)
+    parts = (config, folder, adapter, targets, tokenizer, template, rows, held, start, facts, began)
+    if not config.deterministic:
+        return _train(*parts)
+    before_cuda()
+    with deterministic():
+        return _train(*parts)
 
 
 def _check(config: SftConfig) -> None:
@@ -99,8 +125,6 @@ def _check(config: SftConfig) -> None:
         raise UsageError("give --dataset FILE")
     find_datasets(config.dataset)
     find_datasets(config.val_dataset, "--val_dataset")
-    if config.resume_from_checkpoint and not (Path(config.resume_from_checkpoint) / "trainer_state.json").is_file():
-        raise UsageError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: no trainer_state.json there")
     from ossia.track import check_names
 
     check_names(config.report_to)
@@ -223,21 +247,23 @@ def _train(
     template: Any,
     rows: TokenRows,
     held: TokenRows | None,
+    start: Start,
+    facts: dict[str, Any],
+    began: float,
 ) -> SftResult:
     expandable_memory()
     import torch
     from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
     from transformers import set_seed
 
     from ossia.adapters.inject import add_lora, base_parameters, coverage_lines
     from ossia.adapters.io import load_adapter_tensors
     from ossia.model.load import load_model, path_lines, pick_device, pick_dtype
     from ossia.track import Status, make_trackers
-    from ossia.train.callbacks import LinesCallback, TrackCallback
+    from ossia.train.callbacks import INTERRUPT, LinesCallback, StopCallback, TrackCallback
     from ossia.train.panel import PanelCallback, on_terminal
     from ossia.train.recompute import apply_plan
-    from ossia.train.trainer import check_packing
+    from ossia.train.trainer import UnsoundStep, check_packing
 
     quiet_libraries()
     device = pick_device(config.device)
@@ -265,7 +291,9 @@ def _train(
         target_modules=config.target_modules,
         target_experts=config.target_experts,
     )
-    if adapter is not None:
+    if start.checkpoint is not None:
+        load_adapter_tensors(wrapped, start.checkpoint)
+    elif adapter is not None:
         load_adapter_tensors(wrapped, adapter)
         say(f"going on from {' and '.join(config.adapters)} (rank {config.lora_rank}, alpha {config.lora_alpha:g})")
     if plan is not None:
@@ -274,12 +302,12 @@ def _train(
             say(line)
     if config.packing:
         check_packing(wrapped)
+    if args.deepspeed or args.fsdp:
+        lay_out(wrapped)
     for line in coverage_lines(wrapped, total):
         say(line)
-    made = [str(new_run_folder(config.output_dir, config.add_version)) if state.is_main_process else ""]
-    run_dir = Path(broadcast_object_list(made)[0])
-    if state.is_main_process:
-        config.save(run_dir / CONFIG)
+    run_dir = _run_folder(config, start, state.is_main_process)
+    earlier = facts_of(run_dir).get("run_ids", {}) if start.run else {}
     trackers = make_trackers(
         config.report_to if state.is_main_process else None,
         run_dir=run_dir,
@@ -292,33 +320,72 @@ def _train(
         swanlab_mode=config.swanlab_mode,
         swanlab_workspace=config.swanlab_workspace,
         data=_summaries(rows, held) if state.is_main_process else None,
+        run_ids=earlier,
         say=say,
     )
+    if state.is_main_process:
+        note(run_dir, status="running", run_ids={**earlier, **trackers.run_ids})
     args.output_dir = str(run_dir)
+    args.eval_on_start = start.evaluation_due if start.checkpoint else config.eval_on_start
+    stop = StopCallback(parse_seconds(config.max_time, "--max_time") if config.max_time else None, began)
     shown = PanelCallback() if on_terminal() else LinesCallback()
     watch = _insight(config, folder, args, wrapped, tokenizer, template, rows, held, trackers, shown)
     watch += [shown, TrackCallback(trackers)]
-    trainer = _trainer(config, folder, args, wrapped, tokenizer, template, rows, held, watch)
+    trainer = _trainer(config, folder, args, wrapped, tokenizer, template, rows, held, watch, facts, stop)
     say(f"run: {run_dir}")
+    if start.checkpoint is not None:
+        say(f"going on from {start.checkpoint}")
     status: Status = "failed"
     try:
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-        status = "finished"
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        ended = trainer.state.global_step >= trainer.state.max_steps or not stop.reason
+        status = "finished" if ended else "interrupted"
     except KeyboardInterrupt:
         status = "interrupted"
-        if (run_dir / "last").is_dir():
-            options = f"--config {run_dir / CONFIG} --resume_from_checkpoint {(run_dir / 'last').resolve()}"
-            say(f"go on from the last checkpoint:  {tool('ossia')} sft {options}")
         raise
-    except torch.OutOfMemoryError as error:
-        raise OssiaError(_out_of_memory(config, error, plan)) from error
+    except UnsoundStep as error:
+        raise OssiaError(_unsound(error, trainer, template, run_dir)) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OssiaError(f"{_out_of_memory(config, error, plan)}. {_safe(run_dir)}") from error
     finally:
         shown.close()
         trackers.finish(status)
+        if state.is_main_process:
+            note(run_dir, status=status)
+    if stop.unsaved:
+        raise OssiaError(f"the last checkpoint is not saved: {stop.unsaved}. {_safe(run_dir)}")
+    if status == "interrupted":
+        done = f"{trainer.state.global_step} of {trainer.state.max_steps}"
+        say(f"stopped at step {done} ({stop.reason}). {_safe(run_dir)}")
+    elif trainer.state.global_step < trainer.state.max_steps:
+        patience, best = config.early_stopping_patience, trainer.state.best_metric
+        say(f"stopped early: no lower held-out loss than {best:.4f} for {patience} evaluations")
+    if stop.reason == INTERRUPT:
+        raise KeyboardInterrupt
     if plan is not None:
         peak = torch.cuda.max_memory_allocated(device)
         say(f"memory: {peak / 1e9:.1f} GB at the peak, {plan.peak / 1e9:.1f} planned")
-    return _result(config, trainer, run_dir)
+    return _result(run_dir, status == "finished")
+
+
+def _run_folder(config: SftConfig, start: Start, is_main_process: bool) -> Path:
+    """The run's folder, made or brought back to where it goes on from by the main process."""
+    from accelerate.utils import broadcast_object_list
+
+    folder = start.run
+    if is_main_process and folder is None:
+        folder = new_run_folder(config.output_dir, config.add_version)
+        save_options(folder, dataclasses.replace(config, resume=None))
+    elif is_main_process:
+        take_back(start)
+    return Path(broadcast_object_list([str(folder)])[0])
+
+
+def _safe(run: Path) -> str:
+    """Which checkpoint there is, and how to go on from it."""
+    found = checkpoints(run)
+    return f"{found[-1].name} is safe; go on:  {resume_command(run)}" if found else "No checkpoint was saved yet"
 
 
 def _trainer(
@@ -330,31 +397,36 @@ def _trainer(
     template: Any,
     rows: TokenRows,
     held: TokenRows | None,
-    watch: list[Any],
+    watch: list[TrainerCallback],
+    facts: dict[str, Any],
+    stop: StopCallback,
 ) -> SftTrainer:
-    from transformers import PrinterCallback
+    from transformers import EarlyStoppingCallback, PrinterCallback
 
     from ossia.adapters.origin import fingerprint
     from ossia.data.collate import Collator
-    from ossia.train.callbacks import InterruptCallback, LinkCallback
+    from ossia.train.callbacks import LinkCallback
     from ossia.train.trainer import SftTrainer
 
     trainer = SftTrainer(
         model,
         base_model=str(config.model),
         origin=fingerprint(folder),
+        facts=facts,
+        stop=stop,
         args=args,
         train_dataset=_packed(config, rows) if config.packing else rows,
         eval_dataset=held,
         data_collator=Collator(template.pad_id),
         tokenizer=tokenizer,
         callbacks=[
-            InterruptCallback(),
             *watch,
             LinkCallback(Path(str(args.output_dir))),
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    if config.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     return trainer
 
 
@@ -412,6 +484,7 @@ def training_arguments(
     try:
         return TrainingArguments(
             output_dir=config.output_dir,
+            **(sharding_arguments(config) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}),
             **{name: getattr(config, name) for name in same.split()},
             # A plan says it layer by layer.
             gradient_checkpointing=plan is None and config.gradient_checkpointing != "false",
@@ -431,6 +504,7 @@ def training_arguments(
             logging_first_step=True,
             remove_unused_columns=False,
             label_names=["labels"],
+            restore_callback_states_from_checkpoint=True,
             report_to="none",
             disable_tqdm=True,
             ddp_find_unused_parameters=False,
@@ -448,15 +522,18 @@ def _workers(wanted: int) -> int:
     return min(wanted, share)
 
 
-def _result(config: SftConfig, trainer: SftTrainer, run_dir: Path) -> SftResult:
-    history = trainer.state.log_history
-    metrics = {key: value for entry in history for key, value in entry.items() if isinstance(value, int | float)}
+def _result(run_dir: Path, finished: bool = True) -> SftResult:
+    """Of a run; where it is finished, what to do next is said."""
+    metrics = {key: value for row in read_metrics(run_dir / METRICS) for key, value in row.items()}
     last = run_dir / "last"
     checkpoint = last.resolve() if last.is_dir() else None
-    if not math.isfinite(metrics.get("loss", 0.0)):
-        raise OssiaError(f"the loss is {metrics['loss']}: lower --learning_rate; metrics are in {run_dir}")
+    if not finished:
+        return SftResult(run_dir, checkpoint, metrics)
     if checkpoint:
         say(f"adapter: {checkpoint}")
+        best = (run_dir / "best").resolve()
+        if best != checkpoint:
+            say(f"lowest held-out loss:  {best}")
         say(f"talk to it:  {tool('ossia')} infer --adapters {checkpoint}")
         say(f"merge it:    {tool('ossia')} export --adapters {checkpoint} --merge_lora true")
     else:
@@ -484,6 +561,20 @@ def environment(device: Any) -> dict[str, Any]:
     }
 
 
+def _unsound(error: UnsoundStep, trainer: SftTrainer, template: Any, run: Path) -> str:
+    """Log the step that was held back, keep its batch, and say so."""
+    from ossia.train.bad_batch import keep_batches
+
+    step = error.step
+    trainer.log({"loss": step.loss, "grad_norm": step.norm, "learning_rate": trainer._get_learning_rate()})
+    sources = keep_batches(run / BAD_BATCH, step, trainer.train_dataset, template.tokenizer)
+    when = "right after DeepSpeed's update" if trainer.is_deepspeed_enabled else "before the weights changed"
+    return (
+        f"{error}: stopped {when}. Its rows ({', '.join(sources[:3])}{' …' * (len(sources) > 3)}) "
+        f"are in {run / BAD_BATCH}: look at them, or lower --learning_rate. {_safe(run)}"
+    )
+
+
 def _out_of_memory(config: SftConfig, error: Exception, plan: Plan | None) -> str:
     first = " ".join(str(error).split())[:200]
     fix = [
@@ -494,4 +585,4 @@ def _out_of_memory(config: SftConfig, error: Exception, plan: Plan | None) -> st
     if plan is not None:
         fix.append(f"--memory_budget (planned {plan.peak / 1e9:.1f} GB)")
     more = "" if config.gradient_checkpointing != "false" else ", or leave --gradient_checkpointing at auto"
-    return f"out of GPU memory ({first}). Lower {', '.join(fix)}{more}"
+    return f"out of memory ({first}). Lower {', '.join(fix)}{more}"

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_callback import ExportableState
 
-from ossia.adapters.io import load_adapter_tensors, save_adapter
+from ossia.adapters.io import adapter_tensors, load_adapter_tensors, save_adapter, whole_tensor
 from ossia.data.collate import tokens_of
 from ossia.data.store import CHANNELS
 from ossia.errors import UsageError
 from ossia.model.gpt_oss import LossOutput, OssiaGptOssForCausalLM
 from ossia.model.loss import loss_from_logits
+from ossia.train.callbacks import EvaluationStopped, StopCallback
+from ossia.train.checkpoint import PREFIX, part_of, put_in_place, rotate, seal
+from ossia.train.guard import Guard, Step
+from ossia.train.sharding import whole
 
 # What only our model takes. Others see packed documents by their position_ids; given bounds too, some of transformers'
 # attentions would read them for keys that have none.
 _OURS = ("labels", "loss_weights", "channels", "cu_seq_lens_q", "max_length_q")
-
-
 _TRAINED = "trained_tokens"
 
 
@@ -35,20 +40,43 @@ class SftTrainer(Trainer):
     A batch is what a collator of `ossia.data.collate` makes: padded rows, or packed ones. The loss of an optimizer
     step is the weighted sum over all its tokens, on all processes, divided by the sum of their weights: the same
     whether they come as 1×8 or 8×1. `token_accuracy` counts positions of weight above 0.
+
+    A step whose loss or gradient is not sound raises UnsoundStep and does not reach the weights. A checkpoint is whole
+    or not there; one that cannot be written (a full disk) is tried again later while training goes on. `facts` are
+    noted in each.
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, model: PeftModel, *, base_model: str, tokenizer: Any, origin: str | None = None, **kwargs: Any
+        self,
+        model: PeftModel,
+        *,
+        base_model: str,
+        tokenizer: Any,
+        origin: str | None = None,
+        facts: dict[str, Any] | None = None,
+        stop: StopCallback | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model=model, **kwargs)
         self.tokenizer = tokenizer
         self.base_model, self.origin = base_model, origin
+        self.facts = {"processes": self.args.world_size, **(facts or {})}
+        self.stop = stop or StopCallback()
+        self.add_callback(self.stop)
+        # The Trainer's own rotation ends a run of limit 1 by removing its newest checkpoint.
+        self._keep, self.args.save_total_limit = self.args.save_total_limit, None
         # The Trainer would divide once more by the accumulation steps if it believed the loss a mean per batch.
         self.model_accepts_loss_kwargs = True
         self._window = _Window()
         self._eval = _Sums()
+        base: Any = _base(model)
+        device = self.args.device
+        self._guard = Guard(device, self.args.world_size, base.config.vocab_size, late=device.type == "cuda")
+        self._batches: list[dict[str, Any]] = []
+        self._step_loss = torch.zeros((), device=device)
+        self._evaluation_due = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; Python's garbage collector leaves alone what lies there before, which it would walk through for
@@ -56,9 +84,18 @@ class SftTrainer(Trainer):
         gc.collect()
         gc.freeze()
         try:
-            return super().train(*args, **kwargs)
+            done = super().train(*args, **kwargs)
+            self._read_verdicts(wait=True)
+            return done
         finally:
             gc.unfreeze()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; keeps the batches of the step, for the one that goes wrong."""
+        found = super().get_batch_samples(*args, **kwargs)
+        self._batches = found[0]
+        self._step_loss = torch.zeros((), device=self.args.device)
+        return found
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         total = torch.stack([batch["loss_weights"][:, 1:].sum() for batch in batch_samples]).sum().to(device)
@@ -90,7 +127,27 @@ class SftTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's; the first of a window starts its clock."""
         self._window.start()
-        return super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
+        self._step_loss += loss
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As Trainer's, which asks for it right before the update; looks at the step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        tensor = whole_tensor(torch.as_tensor(norm, device=self.args.device))
+        self._guard.watch(self.state.global_step + 1, self._batches, self._step_loss, tensor, self.stop.wishes())
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        skips = self._guard.late and all(group.get("fused") for group in optimizer.param_groups)
+        if skips:
+            optimizer.found_inf = self._guard.unsound
+        self._read_verdicts(wait=not skips)
+        return norm
+
+    def _read_verdicts(self, wait: bool) -> None:
+        for step in self._guard.known(wait):
+            if not step.sound:
+                raise UnsoundStep(step)
+            self.stop.hear(step.wishes)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The batch's mean loss; its sums are kept for the exact mean over the set."""
@@ -103,8 +160,10 @@ class SftTrainer(Trainer):
         return (sums.loss / weight.sum().clamp_min(1e-9)).detach(), None, None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As Trainer's; what callbacks do at an evaluation isn't training either."""
-        with self._window.paused(self.args.device):
+        """As Trainer's; neither it nor what callbacks do then counts as training, which draws the same numbers after it
+        as without it."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with self._window.paused(self.args.device), torch.random.fork_rng(devices):
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,6 +176,28 @@ class SftTrainer(Trainer):
         metrics |= {f"{prefix}_loss/{name}": part / of for name, (part, of) in channels.items()}
         return output._replace(metrics=metrics)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's; empty where the run is asked to stop, and the evaluation is left for when it goes on."""
+        try:
+            self._evaluation_due = False
+            metrics = super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self._evaluation_due = True
+            self.control.should_evaluate = False
+            self.stop.end(self.control)
+            return {}
+        if not self._batches and self.state.global_step:
+            # What the run that this one goes on from has left.
+            self._determine_best_metric(metrics, None)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As Trainer's; the best is saved, and so is the last before a stop."""
+        best = bool(metrics) and super()._determine_best_metric(metrics, trial)
+        if (best and self.args.save_strategy != "no") or self.control.should_training_stop:
+            self.control.should_save = True
+        return best
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with accuracy, rate and memory beside each training loss."""
         if "loss" in logs:
@@ -125,21 +206,113 @@ class SftTrainer(Trainer):
             self._window = _Window()
         super().log(logs, None)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, seal it, give it its name; then remove those over the limit."""
+        self._read_verdicts(wait=True)
+        run = Path(str(self.args.output_dir))
+        checkpoint = run / f"{PREFIX}{self.state.global_step}"
+        part, best = part_of(checkpoint), self.state.best_model_checkpoint
+        failed = ""
         with self._window.paused(self.args.device):
-            super()._save_checkpoint(*args, **kwargs)
+            for phase in (self._begin_part, self._write_part, self._finish_part):
+                failed = failed or self._attempt(phase, part, checkpoint)
+        if failed:
+            self.state.best_model_checkpoint = best
+            if self.args.should_save:
+                shutil.rmtree(part, ignore_errors=True)
+        elif self.args.should_save:
+            rotate(run, self._keep, self.state.best_model_checkpoint)
+        self.stop.saved(checkpoint.name, failed)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
+    def _attempt(self, phase: Callable[[Path, Path], None], part: Path, checkpoint: Path) -> str:
+        """Why a phase failed on any process, the same on all; or nothing."""
+        failed = ""
+        try:
+            phase(part, checkpoint)
+        except Exception as error:  # noqa: BLE001  a full disk is an OSError, torch's RuntimeError, tokenizers' Exception
+            failed = " ".join(str(error).split())[:200] or type(error).__name__
+        return next((each for each in gather_object([failed]) if each), "")
+
+    def _begin_part(self, part: Path, checkpoint: Path) -> None:
         if self.args.should_save:
-            save_adapter(self.accelerator.unwrap_model(self.model), folder, self.base_model, origin=self.origin)
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+
+    def _write_part(self, part: Path, checkpoint: Path) -> None:
+        self.store_flos()
+        self.save_model(str(part), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(part))
+        self._save_scaler(str(part))
+        self._save_rng_state(str(part))
+
+    def _finish_part(self, part: Path, checkpoint: Path) -> None:
+        if not self.args.should_save:
+            return
+        step = self.state.best_global_step
+        if step and (step == self.state.global_step or (checkpoint.parent / f"{PREFIX}{step}").is_dir()):
+            self.state.best_model_checkpoint = str(checkpoint.parent / f"{PREFIX}{step}")
+        states: Any = self.state.stateful_callbacks
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(part / "trainer_state.json"))
+        seal(part, {"step": self.state.global_step, "evaluation_due": self._evaluation_due, **self.facts})
+        put_in_place(checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As Trainer's, with what was summed since the last log line."""
+        super()._save_rng_state(output_dir)
+        progress = {
+            "loss": self._tr_loss,
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "window": self._window.parts,
+            "limit": self._guard.limit,
+        }
+        torch.save(progress, self._progress_file(Path(output_dir)))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As Trainer's, which asks for it right before the first step; takes back what `_save_rng_state` wrote."""
+        super()._load_rng_state(checkpoint)
+        file = self._progress_file(Path(str(checkpoint)))
+        if not file.is_file():
+            return
+        device = self.args.device
+        # torch can't load to an indexed CPU, which DeepSpeed's is.
+        progress = torch.load(file, map_location="cpu", weights_only=True)
+        self._tr_loss, self._guard.limit = progress["loss"].to(device), progress["limit"].to(device)
+        self._total_loss_scalar, self._globalstep_last_logged = progress["total_loss"], progress["last_logged"]
+        self._window.parts = [part.to(device) for part in progress["window"]]
+        # The mean loss of the end is the whole run's.
+        self._initial_global_step = 0
+
+    def _progress_file(self, folder: Path) -> Path:
+        return folder / f"progress_{self.args.process_index}.pth"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter and the tokenizer; all processes of a sharded run take part."""
+        folder, model = Path(output_dir or str(self.args.output_dir)), self.accelerator.unwrap_model(self.model)
+        with whole(model):
+            tensors = adapter_tensors(model)
+        if self.args.should_save:
+            save_adapter(model, folder, self.base_model, origin=self.origin, tensors=tensors)
             self.tokenizer.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter_tensors(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+        """Before a model is sharded; Trainer asks for it after that, when the weights must be there already."""
+        if not self.is_fsdp_enabled:
+            load_adapter_tensors(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         load_adapter_tensors(self.accelerator.unwrap_model(self.model), Path(str(self.state.best_model_checkpoint)))
+
+
+class UnsoundStep(Exception):
+    """An optimizer step was held back; the weights are those of the step before."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__(f"step {step.number}: loss {step.loss:g}, gradient norm {step.norm:g}")
+        self.step = step
 
 
 def sums_of(model: nn.Module, inputs: dict[str, Any], label_smoothing: float = 0.0) -> LossOutput:

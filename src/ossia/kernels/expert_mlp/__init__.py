@@ -12,8 +12,8 @@ thin product `x A` in the last columns of x, so the adapter's sum costs nothing;
 that compute the thin products on their way; backward needs no product of the second projection again.
 """
 
-from ossia.kernels.expert_mlp.frozen import Frozen
+from ossia.kernels.expert_mlp.frozen import Adapter, Frozen
 from ossia.kernels.expert_mlp.memory import Memory, recomputing
 from ossia.kernels.expert_mlp.reference import expert_mlp as reference
 
-__all__ = ["Frozen", "Memory", "recomputing", "reference"]
+__all__ = ["Adapter", "Frozen", "Memory", "recomputing", "reference"]

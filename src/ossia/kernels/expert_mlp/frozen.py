@@ -1,4 +1,7 @@
-"""The frozen weight of a projection, for all experts of a layer. E experts, I inputs, O outputs, r rank, R tail."""
+"""A projection for all experts of a layer: its frozen weight, and an adapter of it.
+
+E experts, I inputs, O outputs, r rank, R tail.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,13 @@ def padded(rank: int) -> int:
     """Columns of a tail: with 16 a row's stride stays a multiple of 16 values, where Triton moves 16 bytes at a time
     (measured on an H100: 2.9 instead of 1.6 TB/s)."""
     return -(-rank // 16) * 16
+
+
+class Adapter(NamedTuple):
+    """`a_EIr` [E, I, r] and `b_ErO` [E, r, O] of a projection, contiguous, float32 or the rows' dtype."""
+
+    a_EIr: Tensor
+    b_ErO: Tensor
 
 
 class Frozen(NamedTuple):

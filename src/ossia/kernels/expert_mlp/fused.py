@@ -8,25 +8,18 @@ weight w), `p = g (W2 + scale · A2 B2)ᵀ` gives the gradient of the activation
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ossia.kernels.expert_mlp.frozen import Frozen
+from ossia.kernels.expert_mlp.frozen import Adapter, Frozen
 from ossia.kernels.expert_mlp.memory import Memory, is_recomputing
 from ossia.kernels.expert_mlp.reference import Order
 from ossia.kernels.expert_mlp.triton import combine, gather, outer, sort_by_expert, swiglu, swiglu_backward_
 from ossia.kernels.grouped_linear import grouped_linear
 
 _Pair = tuple[Tensor | None, Tensor | None]
-
-
-class Adapter(NamedTuple):
-    """`a_EIr` [E, I, r] and `b_ErO` [E, r, O] of a projection, contiguous, float32 or the rows' dtype."""
-
-    a_EIr: Tensor
-    b_ErO: Tensor
 
 
 def expert_mlp(

@@ -21,7 +21,7 @@ from ossia.kernels.sizes import ceil_div, power_of_two
 _GATHER = {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2}
 _SWIGLU = {"ROWS": 64, "COLS": 64, "num_warps": 8, "num_stages": 1}
 _SWIGLU_BACKWARD = {"ROWS": 32, "COLS": 64, "num_warps": 4, "num_stages": 3}
-_OUTER = {"ROWS": 64, "COLS": 128, "num_warps": 8, "num_stages": 3}
+_OUTER = {"ROWS": 64, "COLS": 128, "num_warps": 8, "num_stages": 2}
 
 
 def _dot_width(rank: int) -> int:
@@ -80,8 +80,10 @@ def sort_by_expert(index_TK: Tensor, experts: int) -> Order:
     order_S = torch.empty(index_TK.numel(), dtype=torch.int64, device=index_TK.device)
     position_TK = torch.empty_like(index_TK, memory_format=torch.contiguous_format)
     offsets_E = torch.empty(experts, dtype=torch.int32, device=index_TK.device)
+    block = max(64, min(4096, power_of_two(len(order_S))))
+    warps = max(1, block // 256)
     _sort_kernel[(experts,)](
-        index_TK.contiguous(), order_S, position_TK, offsets_E, len(order_S), BLOCK=4096, num_warps=16
+        index_TK.contiguous(), order_S, position_TK, offsets_E, len(order_S), BLOCK=block, num_warps=warps
     )
     return Order(order_S, position_TK, offsets_E)
 
@@ -320,10 +322,10 @@ def _swiglu_backward_kernel(
         if RANK > 0:
             known = (m < M)[:, None] & (r < RANK)[None, :]
             part = matrix_a + expert.to(tl.int64) * M * RANK + m[:, None] * RANK + r[None, :]
-            acc_a = tl.dot(act, tl.load(part, mask=known, other=0.0).to(kind), acc_a, input_precision="ieee")
-            part = matrix_b + expert.to(tl.int64) * 2 * M * RANK + 2 * m[:, None] + r[None, :] * 2 * M
-            acc_b = tl.dot(d_gate, tl.load(part, mask=known, other=0.0).to(kind), acc_b, input_precision="ieee")
-            acc_b = tl.dot(d_up, tl.load(part + 1, mask=known, other=0.0).to(kind), acc_b, input_precision="ieee")
+            acc_a = tl.dot(act, tl.load(part, mask=known, other=0.0), acc_a, input_precision="ieee")
+            part = matrix_b + expert.to(tl.int64) * 2 * M * RANK + m[:, None] * 2 * RANK + r[None, :]
+            acc_b = tl.dot(d_gate, tl.load(part, mask=known, other=0.0), acc_b, input_precision="ieee")
+            acc_b = tl.dot(d_up, tl.load(part + RANK, mask=known, other=0.0), acc_b, input_precision="ieee")
     if RANK > 0:
         value = (acc_a * scale).to(kind)
         tl.store(thin_a + rows[:, None] * R + r[None, :], value, mask=inside[:, None] & (r < R)[None, :])
@@ -364,11 +366,15 @@ def swiglu_backward_(
     tail = padded(rank)
     thin_a, thin_b = gate_up_SX.new_empty(count, tail), gate_up_SX.new_empty(count, tail)
     dots_TK = torch.empty_like(weight_TK)
-    nothing = gate_up_SX
+    # Narrow, and with a row's r values side by side, they come in few loads: there are as many of them as of the rows'.
+    matrix_a, matrix_b = (
+        gate_up_SX if x is None else x.to(gate_up_SX.dtype, memory_format=torch.contiguous_format).contiguous()
+        for x in (a_EMr, None if b_Er2M is None else b_Er2M.transpose(1, 2))
+    )
     pairs, options = _pairs(gate_up_SX.dtype)
     _swiglu_backward_kernel[_grid(count, experts, _SWIGLU_BACKWARD)](
         gate_up_SX.view(pairs), bias_E2M.view(pairs), order_S, offsets_E, back_SM, weight_TK, biased_S,
-        nothing if a_EMr is None else a_EMr, nothing if b_Er2M is None else b_Er2M, thin_a, thin_b, gate_up_SX, dots_TK,
+        matrix_a, matrix_b, thin_a, thin_b, gate_up_SX, dots_TK,
         scale, alpha, limit, gate_up_SX.stride(0) // 2,
         M=inner, E=experts, E2=power_of_two(experts), RANK=rank, R=tail, R2=_dot_width(rank), **options,
         **_SWIGLU_BACKWARD,
@@ -428,8 +434,8 @@ def combine(
 
 @triton.jit
 def _outer_kernel(
-    thin, wide, order, offsets, weight, out, wide_stride, out_e, out_n, out_r, N,
-    K: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, WEIGHTED: tl.constexpr,
+    thin, wide, order, offsets, weight, out, wide_stride, out_p, out_e, out_n, out_r, N,
+    PARTS: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, WEIGHTED: tl.constexpr,
     COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
@@ -437,8 +443,9 @@ def _outer_kernel(
     r = tl.arange(0, R2)
     start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
     end = tl.load(offsets + expert)
+    part = tl.program_id(2)
     acc = tl.zeros((R2, COLS), tl.float32)
-    for at in range(start, end, ROWS):
+    for at in range(start + part * ROWS, end, PARTS * ROWS):
         rows = (at + tl.arange(0, ROWS)).to(tl.int64)
         inside = rows < end
         source = rows
@@ -452,7 +459,7 @@ def _outer_kernel(
             wide + source[:, None] * wide_stride + n[None, :], mask=inside[:, None] & (n < N)[None, :], other=0.0
         )
         acc = tl.dot(small, value, acc, input_precision="ieee")
-    to = out + expert.to(tl.int64) * out_e + r[:, None] * out_r + n[None, :] * out_n
+    to = out + part * out_p + expert.to(tl.int64) * out_e + r[:, None] * out_r + n[None, :] * out_n
     tl.store(to, acc, mask=(r < RANK)[:, None] & (n < N)[None, :])
 
 
@@ -474,10 +481,15 @@ def outer(
         weight_TK: float32 factor of each row, by token and expert.
     """
     experts, width, rank = out.shape
-    _outer_kernel[(ceil_div(width, _OUTER["COLS"]), experts)](
+    # Parts of an expert's rows run side by side, or all would wait for the expert that has most.
+    parts = 4 if len(thin_SR) >= 8 * _OUTER["ROWS"] * experts else 1
+    sums = out[None] if parts == 1 else out.new_empty(parts, experts, rank, width).transpose(2, 3)
+    _outer_kernel[(ceil_div(width, _OUTER["COLS"]), experts, parts)](
         thin_SR, wide_XN, thin_SR if order_S is None else order_S, offsets_E,
-        thin_SR if weight_TK is None else weight_TK, out, wide_XN.stride(0), *out.stride(), width,
-        K=top_k, RANK=rank, R=thin_SR.shape[1], R2=_dot_width(rank),
+        thin_SR if weight_TK is None else weight_TK, sums, wide_XN.stride(0), *sums.stride(), width,
+        PARTS=parts, K=top_k, RANK=rank, R=thin_SR.shape[1], R2=_dot_width(rank),
         WEIGHTED=weight_TK is not None, **_OUTER,
     )  # fmt: skip
+    if parts > 1:
+        torch.sum(sums, 0, out=out)
     return out

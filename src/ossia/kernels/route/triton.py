@@ -15,6 +15,8 @@ from ossia.kernels.sizes import ceil_div, power_of_two
 _FORWARD = {"BT": 64, "BH": 128, "num_warps": 4}
 # With 128 experts that tile would take 244 KB of shared memory, which no GPU has.
 _FORWARD_OF_MANY = {"BT": 32, "BH": 64, "num_warps": 8}
+_FEW = 64
+_EXPERTS_OF_FEW = 2
 _BACKWARD = {"BT": 32, "BH": 128, "num_warps": 4}
 
 
@@ -61,11 +63,44 @@ def _forward(
         else:
             logits = tl.dot(x.to(tl.float32), w, logits, input_precision="ieee")
     logits += tl.load(bias + expert, mask=expert < E, other=0.0).to(tl.float32)[None, :]
+    _choose(logits, index, weight, token, T, E, K, EP, KP)
 
+
+@triton.jit
+def _logits_of_few(hidden, router, bias, logits, H, E: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr):
+    """Some experts of one token a program, and no tensor cores: their tile would leave all but one processor idle."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.program_id(1) * BE + tl.arange(0, BE)
+    total = tl.zeros((BE, BH), tl.float32)
+    for start in range(0, H, BH):
+        at = start + tl.arange(0, BH)
+        x = tl.load(hidden + token * H + at, mask=at < H, other=0.0).to(tl.float32)
+        some = (expert < E)[:, None] & (at < H)[None, :]
+        w = tl.load(router + expert[:, None] * H + at[None, :], mask=some, other=0.0).to(tl.float32)
+        total += w * x[None, :]
+    value = tl.sum(total, 1) + tl.load(bias + expert, mask=expert < E, other=0.0).to(tl.float32)
+    tl.store(logits + token * E + expert, value, mask=expert < E)
+
+
+@triton.jit
+def _choose_of_few(
+    logits, index, weight, T, E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    expert = tl.arange(0, EP)
+    some = (expert < E)[None, :] & (token < T)[:, None]
+    of_token = tl.load(logits + token[:, None] * E + expert[None, :], mask=some, other=0.0)
+    _choose(of_token, index, weight, token, T, E, K, EP, KP)
+
+
+@triton.jit
+def _choose(logits, index, weight, token, T, E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr):
+    """Write experts and weights of tokens with logits [tokens, EP]."""
+    expert = tl.arange(0, EP)
     rank = tl.where(logits != logits, float("inf"), logits)
     free = (expert < E)[None, :] & (token >= 0)[:, None]
     slot = tl.arange(0, KP)
-    values = tl.full((BT, KP), float("-inf"), tl.float32)
+    values = tl.full((token.shape[0], KP), float("-inf"), tl.float32)
     for k in tl.static_range(K):
         best = tl.max(tl.where(free, rank, float("-inf")), 1)
         chosen = tl.min(tl.where(free & (rank == best[:, None]), expert[None, :], EP), 1)
@@ -118,19 +153,20 @@ class _Route(torch.autograd.Function):
         router_EH = router_EH.contiguous()
         index_TK = torch.empty((length, top_k), dtype=torch.int64, device=hidden_TH.device)
         weight_TK = torch.empty((length, top_k), dtype=torch.float32, device=hidden_TH.device)
-        if length:
+        tensors = (hidden_TH.contiguous(), router_EH, bias_E.contiguous(), index_TK, weight_TK)
+        sizes = {"E": experts, "K": top_k, "EP": max(16, power_of_two(experts)), "KP": power_of_two(top_k)}
+        if 0 < length <= _FEW:
+            logits_TE = torch.empty((length, experts), dtype=torch.float32, device=hidden_TH.device)
+            _logits_of_few[(length, ceil_div(experts, _EXPERTS_OF_FEW))](
+                *tensors[:3], logits_TE, hidden_TH.shape[1], E=experts, BE=_EXPERTS_OF_FEW, BH=1024, num_warps=4
+            )
+            _choose_of_few[(length,)](logits_TE, index_TK, weight_TK, length, **sizes, num_warps=1)
+        elif length:
             tile = tile_for(experts)
             _forward[(ceil_div(length, tile["BT"]),)](
-                hidden_TH.contiguous(),
-                router_EH,
-                bias_E.contiguous(),
-                index_TK,
-                weight_TK,
+                *tensors,
                 *hidden_TH.shape,
-                E=experts,
-                K=top_k,
-                EP=max(16, power_of_two(experts)),
-                KP=power_of_two(top_k),
+                **sizes,
                 # Triton's interpreter cannot multiply bfloat16.
                 EXACT=hidden_TH.is_cuda and hidden_TH.dtype == torch.bfloat16,
                 **tile,

@@ -1,0 +1,174 @@
+"""Many clients at once on one `ossia serve`: answers lost or mixed up, seconds, memory.
+
+python -m benchmarks.serve.load [--model FOLDER] [--clients 64] [--requests 2000] [--out FILE.json]
+
+FOLDER defaults to the demo's base model. Every prompt is asked alone first, greedily; under load each answer must be
+the same, token for token. Every other request is streamed, one in fifty hangs up in the middle (and is asked again).
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import random
+import statistics
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tests.served import Server, serving
+
+from ossia.bench.run import measured_on
+from ossia.demo.base import ensure_base
+
+WORDS = ["river", "candle", "seven", "purple", "engine", "market", "window", "garden", "silver", "thunder", "paper"]
+
+
+def prompts(count: int) -> list[str]:
+    """Short questions, all different."""
+    return [f"Say {WORDS[n % len(WORDS)]} {n}." for n in range(count)]
+
+
+class Client:
+    """One connection that is kept open, as clients do."""
+
+    def __init__(self, server: Server, max_tokens: int) -> None:
+        self.address = server.url.removeprefix("http://")
+        self.max_tokens = max_tokens
+        self.connection = http.client.HTTPConnection(self.address, timeout=600)
+
+    def ask(self, text: str, stream: bool, leave: bool = False) -> tuple[str, Any]:
+        """(what was said, when its first token came or None). `leave`: hang up after the first event."""
+        messages = [{"role": "user", "content": text}]
+        body = {"messages": messages, "temperature": 0, "max_tokens": self.max_tokens, "stream": stream}
+        self.connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        answer = self.connection.getresponse()
+        if answer.status != 200:
+            raise RuntimeError(f"{answer.status}: {answer.read().decode()[:300]}")
+        if not stream:
+            message = json.loads(answer.read())["choices"][0]["message"]
+            return (message.get("reasoning_content") or "") + (message["content"] or ""), None
+        said, first, ended = "", None, False
+        for line in answer:
+            data = line.decode().strip().removeprefix("data: ")
+            if leave and data:
+                self.connection.close()
+                return "", None
+            if data == "[DONE]":
+                ended = True
+            elif data:
+                delta = json.loads(data)["choices"][0]["delta"]
+                more = delta.get("content") or delta.get("reasoning_content") or ""
+                first = first or (time.monotonic() if more else None)
+                said += more
+        if not ended:
+            raise RuntimeError("the stream ended without [DONE]")
+        return said, first
+
+
+def load(server: Server, clients: int, requests: int, max_tokens: int, distinct: int) -> dict[str, Any]:
+    """Figures of one run; `lost` and `mixed_up` must be 0."""
+    process = psutil.Process(server.process.pid)
+    texts = prompts(distinct)
+    alone = Client(server, max_tokens)
+    expected = [alone.ask(text, stream=False)[0] for text in texts]
+    work = iter([(n, random.Random(n).randrange(distinct)) for n in range(requests)])
+    lock = threading.Lock()
+    seconds: list[float] = []
+    first_tokens: list[float] = []
+    memory: list[int] = []
+    seen: Counter[str] = Counter()
+    examples: list[str] = []
+
+    def run() -> None:
+        client = Client(server, max_tokens)
+        while True:
+            with lock:
+                job = next(work, None)
+            if job is None:
+                return
+            number, which = job
+            try:
+                if number % 50 == 7:
+                    client.ask(texts[which], stream=True, leave=True)
+                    seen["hung_up"] += 1
+                started = time.monotonic()
+                said, first = client.ask(texts[which], stream=bool(number % 2))
+            except (OSError, http.client.HTTPException, RuntimeError, ValueError, KeyError) as error:
+                with lock:
+                    seen["lost"] += 1
+                    examples.append(repr(error)[:300])
+                client = Client(server, max_tokens)
+                continue
+            with lock:
+                seconds.append(time.monotonic() - started)
+                if first is not None:
+                    first_tokens.append(first - started)
+                seen["answered"] += 1
+                if said != expected[which]:
+                    seen["mixed_up"] += 1
+                    examples.append(f"{texts[which]}: {said!r}, alone {expected[which]!r}")
+                if len(seconds) % max(requests // 20, 1) == 0:
+                    memory.append(process.memory_info().rss)
+
+    threads = [threading.Thread(target=run) for _ in range(clients)]
+    started = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    whole = time.monotonic() - started
+    server.until("ossia_running", 0)
+    return {
+        "clients": clients,
+        "requests": requests,
+        "max_tokens": max_tokens,
+        "distinct_prompts": distinct,
+        "distinct_answers": len(set(expected)),
+        "answered": seen["answered"],
+        "hung_up_and_asked_again": seen["hung_up"],
+        "lost": seen["lost"],
+        "mixed_up": seen["mixed_up"],
+        "examples": examples[:5],
+        "seconds": round(whole, 1),
+        "requests_per_second": round(seen["answered"] / whole, 2),
+        "seconds_per_request": _spread(seconds),
+        "seconds_to_first_token": _spread(first_tokens),
+        "tokens_generated": int(server.metric("ossia_completion_tokens_total")),
+        "rss_mb": [round(value / 1e6) for value in memory],
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    marks = statistics.quantiles(values, n=100)
+    return {"median": round(statistics.median(values), 3), "p95": round(marks[94], 3), "max": round(max(values), 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--max_tokens", type=int, default=4)
+    parser.add_argument("--distinct", type=int, default=40)
+    parser.add_argument("--max_batch_size", type=int, default=16)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    model = args.model or ensure_base()
+    flags = ("--max_batch_size", args.max_batch_size, "--max_queue", args.clients)
+    with serving("-m", "ossia", "serve", "--model", model, "--port", 0, *flags) as server:
+        figures = load(server, args.clients, args.requests, args.max_tokens, args.distinct)
+    found = {"environment": measured_on(torch.device("cpu")), "model": Path(model).name, **figures}
+    text = json.dumps(found, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

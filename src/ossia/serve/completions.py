@@ -1,0 +1,122 @@
+"""/v1/completions: text goes on, without a chat format."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ossia.infer.engine import Sampling, Token
+from ossia.serve.answer import PlainSplitter, usage
+from ossia.serve.chat import stop_list
+from ossia.serve.errors import ApiError, bad
+from ossia.serve.grammar import Vocabulary
+from ossia.serve.schema import CompletionRequest
+from ossia.serve.service import Ask, Run, Service, event, new_id
+
+DEFAULT_TOKENS = 16
+
+
+async def completion_ask(service: Service, body: CompletionRequest) -> Ask:
+    """What a completion asks of the engine; ApiError names what is wrong."""
+    name, adapter = service.model(body.model)
+    if body.echo and body.logprobs is not None:
+        raise bad("echo with logprobs is not supported here; leave one out", "echo", "unsupported_parameter")
+    texts = _prompts(body.prompt)
+    size = service.vocabulary.size
+    for text in texts:
+        if not isinstance(text, str) and any(not 0 <= id < size for id in text):
+            raise bad(f"prompt has a token id outside 0 to {size - 1}", "prompt")
+    tokenizer = service.engine.template.tokenizer
+    prompts = await service.off_loop(
+        lambda: [tokenizer(text)["input_ids"] if isinstance(text, str) else text for text in texts]
+    )
+    return Ask(
+        prompts=prompts,
+        sampling=Sampling(
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            max_new_tokens=service.room(prompts, body.max_tokens, "max_tokens", DEFAULT_TOKENS),
+            seed=body.seed,
+            top_logprobs=body.logprobs,
+        ),
+        model=name,
+        adapter=adapter,
+        splitter=lambda: PlainSplitter(service.engine.template),
+        stops=stop_list(body.stop),
+        copies=body.n or 1,
+    )
+
+
+async def answer_completion(service: Service, body: CompletionRequest, ask: Ask, run: Run) -> dict[str, Any]:
+    """The whole answers, as one object."""
+    answers = await run.finish()
+    echoes = await _echoes(service, body, ask)
+    choices = [
+        {
+            "index": index,
+            "text": echoes[index] + answer.content,
+            "logprobs": _logprobs(answer.tokens, answer.vocabulary, 0),
+            "finish_reason": answer.reason,
+        }
+        for index, answer in enumerate(answers)
+    ]
+    head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": ask.model}
+    return {**head, "choices": choices, "usage": usage(run.prompt_tokens, answers)}
+
+
+async def stream_completion(service: Service, body: CompletionRequest, ask: Ask, run: Run) -> AsyncIterator[str]:
+    """The answers as server-sent events."""
+    head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": ask.model}
+    with_usage = bool(body.stream_options and body.stream_options.include_usage)
+
+    def chunk(index: int, text: str, reason: str | None = None, tokens: Any = None) -> str:
+        choice = {"index": index, "text": text, "logprobs": tokens, "finish_reason": reason}
+        return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+
+    try:
+        for index, echo in enumerate(await _echoes(service, body, ask)):
+            if echo:
+                yield chunk(index, echo)
+        async for index, deltas in run.deltas():
+            answer = run.answers[index]
+            for delta in deltas:
+                start = len(answer.content) - len(delta.text)
+                yield chunk(index, delta.text, None, _logprobs(list(delta.tokens), answer.vocabulary, start))
+            if answer.reason is not None:
+                yield chunk(index, "", answer.reason)
+        if with_usage:
+            yield event({**head, "choices": [], "usage": usage(run.prompt_tokens, run.answers)})
+    except ApiError as error:
+        yield event(error.body())
+        return
+    yield event("[DONE]")
+
+
+def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise bad("prompt is empty", "prompt")
+    return [prompt] if isinstance(prompt[0], int) else prompt
+
+
+async def _echoes(service: Service, body: CompletionRequest, ask: Ask) -> list[str]:
+    if not body.echo:
+        return [""] * (len(ask.prompts) * ask.copies)
+    tokenizer = service.engine.template.tokenizer
+    texts = await service.off_loop(lambda: [tokenizer.decode(ids, skip_special_tokens=True) for ids in ask.prompts])
+    return [text for text in texts for _ in range(ask.copies)]
+
+
+def _logprobs(tokens: list[Token], vocabulary: Vocabulary | None, start: int) -> dict[str, Any] | None:
+    if vocabulary is None:
+        return None
+    texts = [vocabulary.text(token.id) for token in tokens]
+    offsets = [start + sum(map(len, texts[:place])) for place in range(len(texts))]
+    return {
+        "tokens": texts,
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [{vocabulary.text(id): value for id, value in token.top} for token in tokens],
+        "text_offset": offsets,
+    }

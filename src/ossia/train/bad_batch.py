@@ -1,0 +1,62 @@
+"""The batch of a step that was held back, as rows to look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import gather_object
+
+from ossia.console import is_main_process
+from ossia.data.packing import PackedRows
+from ossia.data.store import TokenRows
+from ossia.train.guard import Step
+
+
+def keep_batches(path: Path, step: Step, dataset: Any, tokenizer: Any) -> list[str]:
+    """Write each row of a step, of all processes, as a JSON line; returns where the rows came from.
+
+    A line has `step`, `row` (its place in the training data), `source`, `loss_weights`, `input_ids` and `text`.
+
+    Args:
+        path: file to write.
+        step: the bad one.
+        dataset: what the batches were drawn from.
+        tokenizer: makes text of ids.
+    """
+    rows = dataset.rows if isinstance(dataset, PackedRows) else dataset
+    lines = []
+    for ids, weights in _rows_of(step.batches):
+        place = _place(rows, ids) if isinstance(rows, TokenRows) else None
+        source = rows.source(place) if place is not None else "unknown"
+        line = {"step": step.number, "row": place, "source": source, "loss_weights": weights.tolist()}
+        lines.append({**line, "input_ids": ids.tolist(), "text": tokenizer.decode(ids.tolist())})
+    lines = gather_object(lines)
+    if is_main_process():
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        path.write_text(text, encoding="utf-8")
+    return [line["source"] for line in lines]
+
+
+def _rows_of(batches: list[dict[str, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ids and loss weights of each row, padding left out."""
+    for batch in batches:
+        ids, weights = batch["input_ids"].cpu().numpy(), batch["loss_weights"].cpu().numpy()
+        for index in range(len(ids)):
+            if "attention_mask" in batch:
+                length = int(batch["attention_mask"][index].sum())
+                yield ids[index, :length], weights[index, :length]
+                continue
+            starts = np.flatnonzero(batch["position_ids"][index].cpu().numpy() == 0)
+            for begin, end in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
+                if weights[index, begin:end].any():
+                    yield ids[index, begin:end], weights[index, begin:end]
+
+
+def _place(rows: TokenRows, ids: np.ndarray) -> int | None:
+    """The row that has these ids; the first of equal ones."""
+    same_length = np.flatnonzero(rows.lengths == len(ids))
+    return next((int(place) for place in same_length if np.array_equal(rows[int(place)].input_ids, ids)), None)

@@ -1,0 +1,499 @@
+"""`ossia serve`: the official client, curl and raw sockets against real processes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from tests.parity.test_adapters import randomise
+from tests.served import scripted, serving
+
+from ossia.adapters.inject import add_lora
+from ossia.adapters.io import load_adapter, save_adapter
+from ossia.cli import main
+from ossia.config import SftConfig
+from ossia.infer.engine import Engine, Sampling
+from ossia.model.load import load_model
+from ossia.model.tokenizer import load_tokenizer
+from ossia.template import load_template
+from ossia.template.messages import Message
+
+WEATHER = {
+    "name": "weather",
+    "description": "Weather of a city",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
+CALL = 'say <|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.weather<|channel|>commentary <|constrain|>json<|message|>{"city": "Oslo"}<|call|>'
+SYSTEM = "Be kind."
+TOOLS = [{"type": "function", "function": WEATHER}]
+SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {"name": "w", "schema": WEATHER["parameters"], "strict": True},
+}
+
+
+def ask(text, **more):
+    return {"model": "base", "messages": [{"role": "user", "content": text}], **more}
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client()
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_gpt_oss, tmp_path_factory):
+    """Two adapters of different targets; the second's run had a system text."""
+    folders = []
+    for seed, targets in ((1, {"target_experts": "auto"}), (2, {"target_experts": "none"})):
+        model = add_lora(load_model(tiny_gpt_oss, device="cpu"), rank=4, **targets)
+        randomise(model, seed)
+        folders.append(tmp_path_factory.mktemp("run") / f"tuned-{seed}")
+        save_adapter(model, folders[-1], str(tiny_gpt_oss))
+    options = SftConfig(model=str(tiny_gpt_oss), dataset=["rows.jsonl"], system=SYSTEM)
+    options.save(folders[1].parent / "config.yaml")
+    return folders
+
+
+@pytest.fixture(scope="module")
+def real(tiny_gpt_oss, adapters):
+    """The command itself, on a random model with two adapters."""
+    named = [str(adapters[0]), f"second={adapters[1]}"]
+    with serving("-m", "ossia", "deploy", "--adapters", *named, "--port", 0, "--device", "cpu") as found:
+        yield found
+
+
+def test_chat(client):
+    answer = client.chat.completions.create(**ask("héllo 😀", model="tuned"))
+    choice = answer.choices[0]
+    assert (choice.message.content, choice.finish_reason) == ("tuned: héllo 😀", "stop")
+    assert choice.message.reasoning_content == "thought"
+    assert answer.usage.completion_tokens_details.reasoning_tokens == len("thought")
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_a_stream_says_what_the_whole_says(client):
+    chunks = list(client.chat.completions.create(**ask("h😀", stream=True, stream_options={"include_usage": True})))
+    deltas = [chunk.choices[0].delta for chunk in chunks[:-1]]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == "base: h😀"
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "thought"
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1] if chunk.choices[0].finish_reason] == ["stop"]
+    assert not chunks[-1].choices
+    assert chunks[-1].usage == client.chat.completions.create(**ask("h😀")).usage
+
+
+def test_length_stop_texts_and_choices(client):
+    cut = client.chat.completions.create(**ask("slow 50", max_completion_tokens=12))
+    assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 12)
+    said = "say <|channel|>final<|message|>one two three<|return|>"
+    for stop, expected in ((" t", "one"), (["x", "ree"], "one two th"), ("e three", "one two three")):
+        whole = client.chat.completions.create(**ask(said, stop=stop)).choices[0]
+        assert (whole.message.content, whole.finish_reason) == (expected, "stop")
+        streamed = client.chat.completions.create(**ask(said, stop=stop, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected
+    three = client.chat.completions.create(**ask("a", n=3))
+    assert [(choice.index, choice.message.content) for choice in three.choices] == [(n, "base: a") for n in range(3)]
+
+
+def test_logprobs_go_with_the_text(client):
+    options = {"logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**ask("é", **options)).choices[0]
+    assert b"".join(bytes(entry.bytes) for entry in whole.logprobs.content).decode() == "base: é"
+    assert all(len(entry.top_logprobs) == 2 and entry.logprob == -0.5 for entry in whole.logprobs.content)
+    streamed = client.chat.completions.create(**ask("é", stream=True, **options))
+    parts = [chunk.choices[0].logprobs.content for chunk in streamed if chunk.choices[0].logprobs]
+    assert [entry for part in parts for entry in part] == whole.logprobs.content
+    stopped = client.chat.completions.create(**ask("é", stop="e:", **options)).choices[0]
+    assert "".join(entry.token for entry in stopped.logprobs.content) == stopped.message.content == "bas"
+
+
+def test_tools_there_and_back(client):
+    whole = client.chat.completions.create(**ask(CALL, tools=TOOLS))
+    message = whole.choices[0].message
+    assert whole.choices[0].finish_reason == "tool_calls"
+    assert message.content is None
+    assert [(c.function.name, c.function.arguments) for c in message.tool_calls] == [("weather", '{"city": "Oslo"}')]
+
+    streamed = list(client.chat.completions.create(**ask(CALL, tools=TOOLS, stream=True)))
+    deltas = [call for chunk in streamed for call in chunk.choices[0].delta.tool_calls or []]
+    assert deltas[0].function.name == "weather"
+    assert deltas[0].id.startswith("call_")
+    assert all(delta.id is None for delta in deltas[1:])
+    assert "".join(delta.function.arguments for delta in deltas) == '{"city": "Oslo"}'
+    assert streamed[-1].choices[0].finish_reason == "tool_calls"
+
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "rain"}
+    history = [*ask(CALL)["messages"], message.model_dump(exclude_none=True), result]
+    later = client.chat.completions.create(model="base", messages=history, tools=TOOLS)
+    assert later.choices[0].message.content == "base: told rain"
+    history[-1]["tool_call_id"] = "other"
+    with pytest.raises(openai.BadRequestError, match="no message before it made"):
+        client.chat.completions.create(model="base", messages=history, tools=TOOLS)
+
+
+def test_forms_are_kept_by_a_model_that_would_not(real):
+    """A random model, whose answers would be noise."""
+    client, base = real.client(), real.client().models.list().data[-1].id
+    text = [{"role": "user", "content": "hi"}]
+    seen = set()
+    for seed in range(4):
+        options = {"model": base, "messages": text, "seed": seed, "max_tokens": 300}
+        whole = client.chat.completions.create(**options, response_format=SCHEMA).choices[0]
+        if whole.finish_reason == "stop":
+            seen.add(json.loads(whole.message.content)["city"])
+        strict = [{"type": "function", "function": {**WEATHER, "strict": True}}]
+        free = client.chat.completions.create(**options, tools=strict).choices[0]
+        if free.finish_reason == "tool_calls":
+            seen.add(json.loads(free.message.tool_calls[0].function.arguments)["city"])
+        forced = client.chat.completions.create(**options, tools=TOOLS, tool_choice="required").choices[0]
+        if forced.finish_reason == "tool_calls":
+            seen.add(json.loads(forced.message.tool_calls[0].function.arguments)["city"])
+    assert seen
+    assert seen <= {"Oslo", "Rome"}
+
+
+def test_responses(client):
+    answer = client.responses.create(model="base", input="hi", instructions="Be kind.")
+    assert answer.output_text == "base: hi"
+    assert [item.type for item in answer.output] == ["reasoning", "message"]
+    assert answer.output[0].content[0].text == "thought"
+    assert answer.usage.output_tokens_details.reasoning_tokens == len("thought")
+    assert answer.status == "completed"
+    cut = client.responses.create(model="base", input="slow 50", max_output_tokens=12)
+    assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+    tool = {"type": "function", **WEATHER, "strict": True}
+    called = client.responses.create(model="base", input=CALL, tools=[tool]).output
+    assert [item.type for item in called] == ["reasoning", "function_call"]
+    result = {"type": "function_call_output", "call_id": called[1].call_id, "output": "rain"}
+    history = [{"role": "user", "content": "w?"}, *(item.model_dump(exclude_none=True) for item in called), result]
+    later = client.responses.create(model="base", input=[*history, {"role": "user", "content": "so?"}], tools=[tool])
+    assert later.output_text == "base: so?"
+
+
+def test_a_streamed_response_is_the_whole_one(client):
+    for text in ("hi", CALL):
+        events = list(client.responses.create(model="base", input=text, stream=True))
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        final = events[-1].response
+        assert events[-1].type == "response.completed"
+        parts = {
+            kind: "".join(e.delta for e in events if e.type == f"response.{kind}.delta")
+            for kind in ("reasoning_text", "output_text", "function_call_arguments")
+        }
+        assert parts["reasoning_text"] == final.output[0].content[0].text
+        assert parts["output_text"] == final.output_text
+        assert parts["function_call_arguments"] == getattr(final.output[1], "arguments", "")
+        done = [event.item for event in events if event.type == "response.output_item.done"]
+        assert done == final.output
+    with client.responses.stream(model="base", input="hi") as stream:
+        assert stream.get_final_response().output_text == "base: hi"
+
+
+def test_completions(client):
+    answer = client.completions.create(model="base", prompt=["say a b", "say c"], n=2, max_tokens=9, echo=True)
+    assert [choice.text for choice in answer.choices] == ["say a ba b", "say a ba b", "say cc", "say cc"]
+    one = client.completions.create(model="base", prompt="say xyz", stop="z", logprobs=1)
+    assert (one.choices[0].text, one.choices[0].logprobs.tokens) == ("xy", ["x", "y"])
+    streamed = client.completions.create(model="base", prompt="say xyz", stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == "xyz"
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "status", "param", "words"),
+    [
+        ("chat/completions", {"model": "nope"}, 404, "model", "there is tuned, base"),
+        ("chat/completions", {"messages": []}, 400, "messages", "at least 1"),
+        ("chat/completions", {"messages": [{"role": "king", "content": "x"}]}, 400, "messages[0].role", "should be"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content", "only text"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}] * 21}, 400, "messages", "at most 20"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 5000}]}, 400, "messages", "at most 4,095"),
+        ("chat/completions", {"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
+        ("chat/completions", {"temperature": "hot"}, 400, "temperature", "valid number"),
+        ("chat/completions", {"frequency_penalty": 0.5}, 400, "frequency_penalty", "not supported"),
+        ("chat/completions", {"logit_bias": {"1": 2}}, 400, "logit_bias", "not supported"),
+        ("chat/completions", {"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
+        ("chat/completions", {"max_tokens": 2001}, 400, "max_tokens", "at most 2,000"),
+        ("chat/completions", {"n": 100}, 400, "n", "at most 72"),
+        ("chat/completions", {"stop": ""}, 400, "stop", "at least 1"),
+        ("chat/completions", {"tool_choice": "required"}, 400, "tool_choice", "needs a function"),
+        ("chat/completions", {"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools[0].function.name", "pattern"),
+        ("chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}}, 400, "response_format", "cannot be followed"),
+        ("responses", {"previous_response_id": "x"}, 400, "previous_response_id", "not supported"),
+        ("responses", {"tools": [{"type": "web_search", "name": "x"}]}, 400, "tools", "only functions"),
+        ("responses", {"input": [{"type": "item_reference", "id": "x"}]}, 400, "input[0].type", "are read here"),
+        ("completions", {"prompt": []}, 400, "prompt", "empty"),
+        ("completions", {"prompt": [999999]}, 400, "prompt", "outside 0"),
+        ("completions", {"suffix": "x"}, 400, "suffix", "not supported"),
+    ],
+)  # fmt: skip
+def test_errors_in_openais_shape(server, path, change, status, param, words):
+    start = {"chat/completions": ask("x"), "responses": {"input": "x"}, "completions": {"prompt": "x"}}[path]
+    seen, _, body = server.post(f"/v1/{path}", {**start, **change})
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (seen, error["param"]) == (status, param)
+    assert words in error["message"]
+
+
+def test_harmless_unknown_fields_are_ignored(client):
+    answer = client.chat.completions.create(
+        **ask("a", user="me", metadata={"x": "y"}, parallel_tool_calls=True, frequency_penalty=0, extra_body={"odd": 1})
+    )
+    assert answer.choices[0].message.content == "base: a"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"\xff", 400),
+        (b"null", 400),
+        (b"[" * 100_000, 400),
+        (b'{"messages":[{"role":"user","content":"\\ud800"}]}', 400),
+        (b'{"messages":[{"role":"user","content":"x"}],"temperature":NaN}', 400),
+        (b'{"messages":[{"role":"user","content":"x"}],"seed":' + b"9" * 5000 + b"}", 400),
+        (json.dumps({"messages": [{"role": "user", "content": "x" * 300_000}]}).encode(), 413),
+        (json.dumps(ask("x", tools=[{"type": "function", "function": {"name": "f", "parameters": json.loads('{"items":' * 90 + "{}" + "}" * 90)}}])).encode(), 400),
+    ],
+)  # fmt: skip
+def test_malformed_bodies(server, body, status):
+    seen, _, answer = server.post("/v1/chat/completions", body)
+    assert seen == status
+    assert json.loads(answer)["error"]["type"] == "invalid_request_error"
+
+
+def test_other_methods_paths_and_kinds(server):
+    status, _, body = server.post("/v1/nothing", {})
+    assert (status, "there is /" in body) == (404, True)
+    status, headers, _ = server.post("/v1/models", {})
+    assert (status, headers["Allow"]) == (405, "GET")
+    assert server.post("/v1/chat/completions", ask("x"), {"Content-Type": "text/plain"})[0] == 415
+    assert server.post("/v1/chat/completions", ask("x"), {"Host": "evil.example"})[0] == 403
+    assert json.loads(server.get("/health")) == {"status": "ok"}
+    assert "access-control-allow-origin" not in {name.lower() for name in headers}
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_curl(server):
+    command = ["curl", "-sN", f"{server.url}/v1/chat/completions", "--json", json.dumps(ask("hi", stream=True))]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    lines = [line for line in out.split("\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+
+
+def test_metrics_count_what_happened(server, client):
+    before = server.metric("ossia_prompt_tokens_total"), server.metric("ossia_completion_tokens_total")
+    usage = client.chat.completions.create(**ask("count")).usage
+    assert server.metric("ossia_prompt_tokens_total") - before[0] == usage.prompt_tokens
+    assert server.metric("ossia_completion_tokens_total") - before[1] == usage.completion_tokens
+    assert server.metric("ossia_time_to_first_token_seconds_count") > 0
+    assert server.metric("ossia_tokens_per_second_count") > 0
+    assert server.metric("ossia_queue_depth") == 0
+
+
+def leave(server, body):
+    """Send a request, read its first bytes if it is a stream, and hang up."""
+    port = int(server.url.rsplit(":", 1)[1])
+    data = json.dumps(body).encode()
+    with socket.create_connection(("127.0.0.1", port)) as opened:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        opened.sendall(head.encode() + data)
+        server.until("ossia_running", 1)
+        if body.get("stream"):
+            assert opened.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_work_stops_when_the_client_leaves(server, stream):
+    cancelled = server.metric("ossia_cancelled_total")
+    leave(server, ask("slow 1900", stream=stream))
+    server.until("ossia_running", 0, seconds=3)
+    assert server.metric("ossia_cancelled_total") == cancelled + 1
+
+
+def test_a_failing_step_fails_its_answers_alone(server, client):
+    for stream in (False, True):
+        with pytest.raises(openai.APIError, match="the engine failed on this answer"):
+            list(client.chat.completions.create(**ask("fail", stream=stream)))
+        assert client.chat.completions.create(**ask("ok")).choices[0].message.content == "base: ok"
+
+
+def test_a_failing_step_fails_none_of_those_that_wait(server):
+    def post(text):
+        return pool.submit(server.post, "/v1/chat/completions", ask(text))
+
+    with ThreadPoolExecutor(16) as pool:
+        # Eight places: "fail" gets the first that is free, "later" comes after it.
+        running = [post("slow 900") for _ in range(7)]
+        server.until("ossia_running", 7)
+        short = post("slow 100")
+        server.until("ossia_running", 8)
+        fails = post("fail")
+        server.until("ossia_queue_depth", 1)
+        later = post("later")
+        assert short.result()[0] == 200
+        assert [done.result()[0] for done in (*running, fails)] == [500] * 8
+        assert later.result()[0] == 200
+
+
+def test_an_engine_that_keeps_failing_ends_the_process(tiny_gpt_oss):
+    with scripted(tiny_gpt_oss) as server:
+        for _ in range(3):
+            assert server.post("/v1/chat/completions", ask("fail"))[0] == 500
+        assert server.process.wait(20) == 1
+        time.sleep(0.2)
+        assert any("the engine has failed: RuntimeError: told to fail" in line for line in server.lines)
+
+
+def test_a_full_queue_a_key_and_a_graceful_stop(tiny_gpt_oss):
+    flags = ("--max_queue", 1, "--max_batch_size", 1)
+    with scripted(tiny_gpt_oss, *flags, env={"OSSIA_API_KEY": "s3cret"}) as server:
+        wrong = server.post("/v1/chat/completions", ask("x"))
+        assert (wrong[0], wrong[1]["WWW-Authenticate"]) == (401, "Bearer")
+        with pytest.raises(openai.AuthenticationError, match="wrong API key"):
+            server.client("s3cre").models.list()
+        assert "Ossia" in server.get("/")
+        assert server.get("/health")
+
+        client = server.client("s3cret")
+        streams = [client.chat.completions.create(**ask("slow 60", stream=True)) for _ in range(2)]
+        with pytest.raises(openai.RateLimitError) as full:
+            client.chat.completions.create(**ask("x"))
+        assert full.value.response.headers["Retry-After"] == "1"
+        server.process.send_signal(signal.SIGTERM)
+        status = 200
+        while status == 200:
+            status = server.post("/v1/completions", {"prompt": ""}, {"Authorization": "Bearer s3cret"})[0]
+            status = 200 if status == 400 else status
+        assert status == 503
+        for stream in streams:
+            chunks = list(stream)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "x" * 60
+        assert server.process.wait(10) == 0
+        assert "s3cret" not in "\n".join(server.lines)
+
+
+@pytest.mark.parametrize(("timeout", "signals"), [(0.3, 1), (60, 2)])
+def test_a_stop_that_does_not_wait(tiny_gpt_oss, timeout, signals):
+    with scripted(tiny_gpt_oss, "--shutdown_timeout", timeout) as server:
+        stream = server.client().chat.completions.create(**ask("slow 3000", stream=True))
+        next(stream)
+        started = time.monotonic()
+        for _ in range(signals):
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        with pytest.raises(openai.APIError, match="the server was stopped"):
+            list(stream)
+        assert server.process.wait(10) == 0
+        assert time.monotonic() - started < 20
+
+
+def test_several_adapters_answer_as_each_alone(real, tiny_gpt_oss, adapters):
+    client = real.client()
+    models = client.models.list().data
+    names = [model.id for model in models]
+    assert names == ["tuned-1", "second", tiny_gpt_oss.name]
+    assert [getattr(model, "parent", None) for model in models] == [names[2], names[2], None]
+    assert client.models.retrieve("second").id == "second"
+    said = []
+    for name, adapter, system in zip(names, (*adapters, None), (None, SYSTEM, None), strict=True):
+        template = load_template(load_tokenizer(tiny_gpt_oss), "harmony", system=system)
+        prompt = template.prompt([Message("user", "2+2?")])
+        model = load_model(tiny_gpt_oss, device="cpu")
+        alone = Engine(model if adapter is None else load_adapter(model, adapter), template)
+        expected = template.parse(alone.generate([prompt], Sampling(max_new_tokens=24))[0])
+        answer = client.chat.completions.create(
+            model=name, messages=[{"role": "user", "content": "2+2?"}], temperature=0, max_tokens=24
+        )
+        message = answer.choices[0].message
+        assert answer.usage.prompt_tokens == len(prompt)
+        assert (message.content or "", getattr(message, "reasoning_content", "")) == (
+            expected.content,
+            expected.thinking,
+        )
+        said.append((expected.content, expected.thinking))
+    assert len(set(said)) == 3
+
+
+def test_seeds(real):
+    client = real.client()
+
+    def say(**options):
+        answer = client.chat.completions.create(
+            model="second", messages=[{"role": "user", "content": "a"}], max_tokens=12, **options
+        )
+        return [choice.message.content for choice in answer.choices]
+
+    assert say(seed=5) == say(seed=5)
+    assert say(seed=5) != say(seed=6)
+    assert len(set(say(seed=5, n=3))) == 3
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """`command(code, …)`: what `ossia serve …` prints, run in this process."""
+    monkeypatch.delenv("OSSIA_API_KEY", raising=False)
+
+    def run(code, *args):
+        capsys.readouterr()
+        assert main(["serve", *map(str, args)]) == code
+        done = capsys.readouterr()
+        return done.err if code else done.out
+
+    return run
+
+
+def test_wrong_usage_before_anything_loads(command, tiny_gpt_oss, adapters, monkeypatch):
+    model = ("--model", tiny_gpt_oss)
+    monkeypatch.setattr("ossia.serve.run.model_of", None)
+    assert "so a key is needed" in command(2, *model, "--host", "0.0.0.0")
+    assert "did you mean '--port'" in command(2, *model, "--prot", 1)
+    assert "--port is 70000" in command(2, *model, "--port", 70000)
+    assert "takes a size" in command(2, *model, "--max_body_size", "big")
+    assert "no such address" in command(2, *model, "--host", "no.such.host.invalid", "--api_key", "x")
+    assert "two are called one" in command(2, "--adapters", f"one={adapters[0]}", f"one={adapters[1]}")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"--port {port} is in use" in command(1, *model, "--port", port)
+    out = command(0, *model, "--port", 0, "--dry_run", "true", "--api_key", "s3cret")
+    assert re.search(r"would serve gpt-oss at http://127\.0\.0\.1:\d+$", out)
+    assert "s3cret" not in out
+
+
+def test_vllm(command, ossia, tiny_gpt_oss, tiny_llama, adapters, tmp_path):
+    vllm = ("--backend", "vllm", "--model")
+    out = command(0, *vllm, tiny_gpt_oss, "--dry_run", "true", "--api_key", "s3cret", "--max_length", 8192)
+    expected = (
+        f"vllm serve {tiny_gpt_oss} --served-model-name gpt-oss --host 127.0.0.1 --port 8000 --max-model-len 8192"
+    )
+    assert out == f"{expected} --reasoning-parser openai_gptoss --tool-call-parser openai --enable-auto-tool-choice\n"
+    assert "parser" not in command(0, *vllm, tiny_llama, "--dry_run", "true")
+    assert "pip install vllm" in command(1, *vllm, tiny_llama)
+    assert "export --adapters" in command(2, *vllm, tiny_gpt_oss, "--adapters", adapters[0])
+    assert "--max_queue is not for --backend vllm" in command(2, *vllm, tiny_llama, "--max_queue", 3)
+    fake = tmp_path / "bin" / "vllm"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\necho "$VLLM_API_KEY $*"\nexit 7\n')
+    fake.chmod(0o755)
+    done = ossia("serve", *vllm, tiny_llama, env={"PATH": f"{fake.parent}:/usr/bin:/bin", "OSSIA_API_KEY": "k"})
+    assert done.returncode == 7
+    assert done.stdout.splitlines()[-1].startswith(f"k serve {tiny_llama}")
