@@ -18,7 +18,7 @@ from ossia.kernels.expert_mlp.triton import _block_of, _dot_width, _pairs, combi
 from ossia.kernels.sizes import ceil_div, power_of_two
 
 _ROWS = 16
-# Columns and blocks of 32 inputs of a tile, the fastest of 18 on an H100. Few rows have few programs: they are made small.
+# Columns and blocks of 32 inputs of a tile, the fastest of 18 on an H100. Few rows have few programs, so small ones.
 _FEW = {"COLS": 32, "RUN": 4, "num_warps": 2, "num_stages": 4}
 _MANY = {"COLS": 128, "RUN": 8, "num_warps": 4, "num_stages": 4}
 
