@@ -26,7 +26,8 @@ lint: setup
 	$(BIN)/mypy
 
 test: setup lint
-	$(BIN)/pytest $(ARGS)
+	@# Two at a time, a thread each.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope $(ARGS)
 
 clean:
 	rm -rf .venv output build dist

@@ -62,7 +62,9 @@ def test_hidden_size_of_gpt_oss_and_a_router_of_any_float(route, device, dtype, 
     (share * probe).sum().backward()
     expected_index, expected, grad = oracle(hidden, weight, bias, top_k, probe)
     assert torch.equal(index, expected_index)
-    assert torch.allclose(share.double(), expected, rtol=1e-5)
+    # Tensor cores cut what they add off at the last place of the sum instead of rounding it.
+    rtol = 4e-5 if device == "cuda" and dtype == torch.bfloat16 and length > 64 else 1e-5
+    assert torch.allclose(share.double(), expected, rtol=rtol)
     assert (hidden.grad.double() - grad).norm() <= 2 * TOLERANCE[dtype] * grad.norm()
 
 

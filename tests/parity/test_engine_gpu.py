@@ -69,26 +69,29 @@ def test_log_probabilities_are_as_near_to_float32_as_a_full_forward(tiny_gpt_oss
 
 
 @pytest.mark.parametrize("adapter", [None, "default"])
-def test_graphs_say_what_plain_launches_say(tiny_gpt_oss, template, prompts, adapter, monkeypatch):
-    class Plain:
+def test_graphs_compute_what_plain_launches_compute(tiny_gpt_oss, template, prompts, adapter, monkeypatch):
+    errors = []
+
+    class Both(gpt_oss._Graph):
         def __init__(self, function, inputs, other):
-            self.function, self.device = function, inputs.device
+            super().__init__(function, inputs, other)
+            self.function = function
 
         def __call__(self, inputs):
-            return self.function(inputs.to(self.device))
+            result = super().__call__(inputs)
+            plain = self.function(inputs.to(result.device))
+            real = inputs[2] < places
+            errors.append(((plain - result)[real].norm() / plain[real].norm()).item())
+            return result
 
-    model, sampling = adapted(tiny_gpt_oss), Sampling(max_new_tokens=NEW)
-    said = []
-    for plain in (False, True):
-        if plain:
-            monkeypatch.setattr(gpt_oss, "_Graph", Plain)
-        # Requests end one by one, so that every batch size from 11 down is met.
-        engine = Engine(model, template, max_batch_size=11)
-        said.append([request.ids for request in run(engine, prompts, sampling, adapter)])
-        with engine.without_adapter():
-            said[-1] += engine.generate(prompts[:3], sampling)
-    assert said[0] == said[1]
-    assert len({tuple(ids) for ids in said[0]}) > 8
+    monkeypatch.setattr(gpt_oss, "_Graph", Both)
+    # Requests end one by one, so that every batch size from 11 down is met.
+    engine, places = Engine(adapted(tiny_gpt_oss), template, max_batch_size=11), 11
+    requests = run(engine, prompts, Sampling(max_new_tokens=NEW), adapter)
+    assert len(errors) > NEW
+    # cuBLAS may choose another product in a capture, with sums in another order.
+    assert max(errors) < 1.5e-2, errors
+    assert len({tuple(request.ids) for request in requests}) > 8
 
 
 def test_float32_says_what_the_cpu_says(tiny_gpt_oss, template, prompts):

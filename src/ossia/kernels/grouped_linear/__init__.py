@@ -2,7 +2,8 @@
 
 `grouped_linear` takes a weight that trains or rests in floating point; `grouped_linear_mxfp4` a frozen one in MXFP4
 blocks, which it dequantizes for the forward product and once more for the input's gradient, keeping nothing.
-On a GPU (Ampere or newer, bfloat16) the product is torch's `grouped_mm`; elsewhere a loop over the groups.
+On a GPU (Ampere or newer, bfloat16, rows of whole 16 bytes) the product is torch's `grouped_mm`; elsewhere a loop over
+the groups.
 """
 
 from ossia.kernels.grouped_linear.reference import grouped_linear, grouped_linear_mxfp4

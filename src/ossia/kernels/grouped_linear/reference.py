@@ -19,13 +19,18 @@ def grouped_linear(x_SI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tenso
         weight_EIO: one matrix per group, x's dtype.
         offsets_E: int32 end of each group's rows; the last is S.
     """
-    if x_SI.is_cuda and x_SI.dtype == torch.bfloat16:
+    if x_SI.is_cuda and x_SI.dtype == torch.bfloat16 and _is_aligned(x_SI) and _is_aligned(weight_EIO):
         return F.grouped_mm(x_SI, weight_EIO, offs=offsets_E)
     ends = offsets_E.tolist()
     starts = [0, *ends[:-1]]
     # An empty group still takes part with no rows, so that its weight gets a gradient of zeros.
     parts = [x_SI[a:b] @ weight_EIO[e] for e, (a, b) in enumerate(zip(starts, ends, strict=True))]
     return torch.cat(parts)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether rows (or columns, of a transposed matrix) start at multiples of 16 bytes, as `grouped_mm` asks for."""
+    return max(x.stride()[-2:]) * x.element_size() % 16 == 0
 
 
 def grouped_linear_mxfp4(x_SI: Tensor, blocks: Tensor, scales: Tensor, offsets_E: Tensor) -> Tensor:
