@@ -12,6 +12,7 @@ import torch
 
 from ossia.config import SftConfig
 from ossia.track import read_metrics
+from ossia.track.files import facts_of
 from ossia.train import callbacks
 from ossia.train.checkpoint import checkpoints, damage
 from ossia.train.deterministic import deterministic
@@ -105,6 +106,9 @@ def test_an_evaluation_that_a_stop_cuts_short_is_made_up_for(config, monkeypatch
     monkeypatch.setattr(callbacks.StopCallback, "on_prediction_step", real)
     run(dataclasses.replace(config, resume="auto"))
     assert losses(first) == losses(whole)
+    assert (first / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    facts = facts_of(first)
+    assert (facts["status"], facts["name"]) == ("finished", first.name)
 
 
 def test_max_time_stops_saves_and_tells_how_to_go_on(config, capsys):

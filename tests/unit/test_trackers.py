@@ -61,7 +61,8 @@ def test_several_at_once_get_the_same_names(tmp_path):
     for step in (1, 2, 3):
         trackers.log({**METRICS, "loss": float("nan") if step == 2 else 0.5}, step)
     trackers.text("sample/1", "an <answer>", 3)
-    assert trackers.run_ids.keys() == {"trackio", "wandb"}
+    ids = trackers.run_ids
+    assert ids.keys() == {"trackio", "wandb"}
     trackers.finish("finished")
     assert [line for line in lines[3:] if "left out" not in line] == []
 
@@ -90,6 +91,15 @@ def test_several_at_once_get_the_same_names(tmp_path):
     pages = [path.read_text() for path in run.glob("wandb/offline-run-*/files/media/html/**/*.html")]
     assert any("an &lt;answer&gt;" in page for page in pages)
     assert any(">finished<" in page for page in pages), "the report as it is at the end"
+
+    again = {"run_dir": run, "project": "ossia-test", "name": "a run", "run_ids": ids}
+    trackers = make_trackers(["trackio"], say=lines.append, **again)
+    trackers.log({"loss": 0.1}, 4)
+    assert trackers.run_ids == {"trackio": ids["trackio"]}
+    trackers.finish("finished")
+    with sqlite3.connect(database) as connection:
+        assert connection.execute("select distinct run_name from metrics").fetchall() == [("a run",)]
+        assert (4,) in connection.execute("select step from metrics").fetchall()
 
 
 def lines_of(tracker: ChildTracker, run: Path, **limits: Any) -> tuple[list[str], float]:

@@ -19,6 +19,7 @@ from tests.tiny import GPT_OSS_20B
 
 from ossia.config import SftConfig
 from ossia.track import RunInfo
+from ossia.track.files import note
 from ossia.track.jsonl import JsonlTracker
 from ossia.track.report import ReportTracker, write_report
 from ossia.track.series import MetricsReader, points, thin
@@ -74,6 +75,10 @@ def test_the_reader_goes_on_where_it_stopped(tmp_path):
     write(path, [{"step": 1, "loss": 7.0}])
     assert reader.update(), "a shorter file is another one"
     assert list(reader.series["loss"].values) == [7.0]
+    write(tmp_path / "other", [{"step": n, "loss": 8.0} for n in range(9)])
+    (tmp_path / "other").replace(path)
+    assert reader.update()
+    assert list(reader.series["loss"].values) == [8.0] * 9, "a longer one in its place is another one too"
 
 
 def test_a_resumed_run_has_one_value_a_step(tmp_path):
@@ -138,6 +143,13 @@ def test_a_folder_with_metrics_alone_has_a_report_too(tmp_path):
     assert "no metrics yet" in write_report(tmp_path).read_text()
 
 
+def test_time_left_is_told_from_where_a_run_went_on(tmp_path):
+    """Half of it was done before; a fifth of the steps took 10 s."""
+    note(tmp_path, started=200.0, status="running")
+    write(tmp_path / "metrics.jsonl", [{"step": 50, "progress": 0.5}, {"step": 110, "progress": 0.7}])
+    assert ">0m15s<" in write_report(tmp_path).read_text()
+
+
 def test_it_is_written_at_the_start_now_and_then_and_at_the_end(tmp_path):
     lines, report = JsonlTracker(), ReportTracker(interval=1000)
     info = RunInfo(run_dir=tmp_path, project="p", name="first run", tags=("t1",), data={})
@@ -183,11 +195,23 @@ def test_the_panel_shows_the_run():
         panel.on_log(None, state, None, logs=logs | {"memory_gb": 16.5, "peak_rate_share": 0.41})
     panel.on_log(None, state, None, logs={"eval_loss": 0.9})
     panel.sample = ("what?", "an \x1b[31manswer")
+    panel.tell("stopping")
     console.print(panel.render(state))
     panel.close()
     panel.close()
     text = console.file.getvalue()
-    for word in ("0.6667", "█ ▁", "held-out 0.9", "1.00e-04", "12,346 tokens/s", "41%", "16.5 GB", "3 of 40", "left"):
+    for word in (
+        "0.6667",
+        "█ ▁",
+        "held-out 0.9",
+        "1.00e-04",
+        "12,346 tokens/s",
+        "41%",
+        "16.5 GB",
+        "3 of 40",
+        "left",
+        "stopping",
+    ):
         assert word in text, word
     assert "an ?[31manswer" in text
 

@@ -18,7 +18,7 @@ from ossia.errors import UsageError
 from ossia.track.base import RunInfo, Status
 from ossia.track.files import facts_of, json_of, note, write_aside
 from ossia.track.jsonl import METRICS
-from ossia.track.series import MetricsReader, points
+from ossia.track.series import MetricsReader, Series, points
 from ossia.web import render, to_json
 
 REPORT, SAMPLES, EXPERTS = "report.html", "samples.jsonl", "experts.json"
@@ -172,9 +172,16 @@ def _cards(reader: MetricsReader, facts: dict[str, Any]) -> list[tuple[str, str]
     if seconds > 0:
         cards.append((duration(seconds), "so far" if facts["status"] == "running" else "in all"))
         done = last.get("progress", 0.0)
-        if facts["status"] == "running" and 0 < done < 1:
-            cards.append((duration(seconds / done * (1 - done)), "left, about"))
+        since = done - _progress_before(reader, facts.get("started", 0.0))
+        if facts["status"] == "running" and since > 0 and done < 1:
+            cards.append((duration(seconds / since * (1 - done)), "left, about"))
     return cards
+
+
+def _progress_before(reader: MetricsReader, started: float) -> float:
+    """The share of the steps that was done when a run went on."""
+    series = reader.series.get("progress", Series())
+    return max((done for time, done in zip(series.times, series.values, strict=True) if time < started), default=0.0)
 
 
 def _samples(file: Path) -> list[dict[str, Any]]:

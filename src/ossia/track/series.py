@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,14 +47,17 @@ class MetricsReader:
         self.series: dict[str, Series] = {}
         self.step = 0
         self.first_time = self.last_time = math.nan
-        self._offset = 0
+        self._offset = self._file = 0
 
     def update(self) -> bool:
-        """Whether there was anything new. A file that became shorter is read anew; one that is gone is empty."""
+        """Whether there was anything new. A file that became shorter, or took another's place (as where a run goes on
+        from a checkpoint), is read anew; one that is gone is empty."""
         try:
             with self.path.open("rb") as file:
-                if file.seek(0, 2) < self._offset:
+                found = os.fstat(file.fileno())
+                if found.st_size < self._offset or (self._offset and found.st_ino != self._file):
                     self.__init__(self.path)  # type: ignore[misc]
+                self._file = found.st_ino
                 file.seek(self._offset)
                 before = self._offset
                 while piece := file.read(_PIECE):

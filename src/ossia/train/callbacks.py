@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ _RENAMED = {"train_runtime": "train_seconds", "eval_runtime": "eval_seconds"}
 _DROPPED = {"total_flos", "epoch", "step"}
 _DROPPED |= {f"{run}_{unit}_per_second" for run in ("train", "eval") for unit in ("samples", "steps")}
 
+_SHOW_CURSOR = b"\x1b[?25h\n"
 TERMINATE, INTERRUPT, TIME_UP = REASONS = ("SIGTERM", "Ctrl-C", "--max_time")
 RETRY_S = 60.0
 """Seconds until a checkpoint that could not be written is tried again."""
@@ -76,6 +77,10 @@ class LinesCallback(TrainerCallback):
                 f"{logs['eval_token_accuracy']:.3f}"
             )
 
+    def tell(self, line: str) -> None:
+        """Show a line from within a signal handler, below which print() may be under way."""
+        os.write(1, f"{line}\n".encode())
+
     def close(self) -> None:
         """Nothing to put away, unlike a panel."""
 
@@ -104,14 +109,18 @@ class StopCallback(TrainerCallback):
     Args:
         max_seconds: how long a run may take; None: as it likes.
         began: `time.monotonic()` at its begin.
+        tell: shows a line, called in a signal handler; None: nothing is shown.
     """
 
-    def __init__(self, max_seconds: float | None = None, began: float = 0.0) -> None:
+    def __init__(
+        self, max_seconds: float | None = None, began: float = 0.0, tell: Callable[[str], None] | None = None
+    ) -> None:
         self.reason = ""
         self.unsaved = ""
         self._asked = ""
         self._heard: list[float] = []
         self._retry_at = math.inf
+        self._tell = tell
         self._end_at = math.inf if max_seconds is None else began + max_seconds
 
     @contextmanager
@@ -129,11 +138,12 @@ class StopCallback(TrainerCallback):
 
     def _signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self._asked:
+            if os.isatty(1):
+                os.write(1, _SHOW_CURSOR)  # which a panel has hidden
             os._exit(130)
         self._asked = INTERRUPT if number == signal.SIGINT else TERMINATE
-        if is_main_process():
-            # print() may be under way below this handler.
-            os.write(1, f"{self._asked}: stopping after this step (Ctrl-C again: at once, nothing saved)\n".encode())
+        if self._tell is not None and is_main_process():
+            self._tell(f"{self._asked}: stopping after this step (Ctrl-C again: at once, nothing saved)")
 
     def wishes(self) -> list[float]:
         """Of this process, 0 or 1: to stop for each of `REASONS`, to save."""

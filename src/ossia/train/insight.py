@@ -95,11 +95,8 @@ class ExpertCallback(TrainerCallback):
     through the model, once without adapters, and written to `experts.json` for the report.
     """
 
-    def __init__(
-        self, run: Path, model: nn.Module, rows: TokenRows, pad_id: int, batch_size: int, trackers: Trackers
-    ) -> None:
+    def __init__(self, run: Path, model: nn.Module, rows: TokenRows, pad_id: int, batch_size: int) -> None:
         self.file = run / EXPERTS
-        self.trackers = trackers
         self.load = ExpertLoad(model)
         self.batches = _probe(rows, pad_id, batch_size)
         self.base_LE: Tensor | None = None
@@ -121,36 +118,34 @@ class ExpertCallback(TrainerCallback):
         self.load.counting = False
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        logs: Any = None,
+        **kwargs: Any,
     ) -> None:
-        if logs and "loss" in logs:
+        logs = {} if logs is None else logs
+        if "loss" in logs:
             load_LE = self.load.take()
             if load_LE.any():
                 logs["expert_load/busiest"] = round(float(load_LE.amax(1).mean()), 4)
                 logs["expert_load/idle_share"] = round(float((load_LE == 0).float().mean()), 4)
+        elif "eval_loss" in logs or ("train_loss" in logs and _at_end(state)):
+            self._compare(args, state, model, logs)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        self._compare(args, state, model)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        if _at_end(state):
-            self._compare(args, state, model)
-
-    def _compare(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+    def _compare(self, args: TrainingArguments, state: TrainerState, model: Any, logs: dict[str, float]) -> None:
         if self.base_LE is None or not self.batches or self._step == state.global_step:
             return
         self._step = state.global_step
         with _stops_no_run("drift of experts", self.batches):
-            self._write(state.global_step, self._measure(model, args), self.base_LE)
+            load_LE = self._measure(model, args)
+            # Half the sum of differences of shares: the part of a layer's choices that went elsewhere.
+            logs["expert_load/drift"] = round(float((load_LE - self.base_LE).abs().mean() / 2), 5)
+            self._write(state.global_step, load_LE, self.base_LE)
 
     def _write(self, step: int, load_LE: Tensor, base_LE: Tensor) -> None:
-        # Half the sum of differences of shares: the part of a layer's choices that went elsewhere.
-        drift = round(float((load_LE - base_LE).abs().mean() / 2), 5)
-        self.trackers.log({"expert_load/drift": drift}, step)
         found: dict[str, Any] = {"step": step, "layers": [*range(len(load_LE))]}
         for name, part_LE in (("load", load_LE), ("base", base_LE)):
             found[name] = [[round(value, 4) for value in row] for row in part_LE.tolist()]

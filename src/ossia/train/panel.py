@@ -37,6 +37,8 @@ class PanelCallback(TrainerCallback):
         self.last: dict[str, float] = {}
         self.sample: tuple[str, str] | None = None
         self._live: Any = None
+        self._panel: Any = None
+        self._told = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -60,6 +62,12 @@ class PanelCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.close()
+
+    def tell(self, line: str) -> None:
+        """Show a line at the edge from the next redrawing on, which another thread does: fit for a signal handler."""
+        self._told = line
+        if self._panel is not None:
+            self._panel.subtitle = line
 
     def close(self) -> None:
         """Leave the last panel as it is and give the terminal back."""
@@ -106,7 +114,9 @@ class PanelCallback(TrainerCallback):
             asked.stylize("dim")
             rows.add_row("sample", asked)
             rows.add_row("", answer)
-        return Panel(rows, title="ossia sft", title_align="left", border_style="dim")
+        self._panel = Panel(rows, title="ossia sft", title_align="left", border_style="dim")
+        self._panel.subtitle, self._panel.subtitle_align = self._told or None, "left"
+        return self._panel
 
 
 def on_terminal() -> bool:

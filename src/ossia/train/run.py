@@ -327,8 +327,8 @@ def _train(
         note(run_dir, status="running", run_ids={**earlier, **trackers.run_ids})
     args.output_dir = str(run_dir)
     args.eval_on_start = start.evaluation_due if start.checkpoint else config.eval_on_start
-    stop = StopCallback(parse_seconds(config.max_time, "--max_time") if config.max_time else None, began)
     shown = PanelCallback() if on_terminal() else LinesCallback()
+    stop = StopCallback(parse_seconds(config.max_time, "--max_time") if config.max_time else None, began, shown.tell)
     watch = _insight(config, folder, args, wrapped, tokenizer, template, rows, held, trackers, shown)
     watch += [shown, TrackCallback(trackers)]
     trainer = _trainer(config, folder, args, wrapped, tokenizer, template, rows, held, watch, facts, stop)
@@ -461,7 +461,7 @@ def _insight(
     run_dir, whole = Path(str(args.output_dir)), not (args.fsdp or args.deepspeed)
     if config.log_expert_load and whole and insight.has_experts(model):
         size = config.per_device_eval_batch_size
-        found.append(insight.ExpertCallback(run_dir, model, held or rows, template.pad_id, size, trackers))
+        found.append(insight.ExpertCallback(run_dir, model, held or rows, template.pad_id, size))
     if config.sample_prompts and whole and held:
         prompts = (held, config.sample_prompts)
         found.append(insight.SampleCallback(run_dir, *prompts, template, tokenizer, trackers, shown))
