@@ -14,8 +14,8 @@ _BIAS = 127
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _MAX_EXPONENT = 2  # of E2M1: 6 = 1.5 * 2^2
 _MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-# Bytes of `blocks` handled at a time: the int64 indices of a chunk take 8 MiB, and 128 MiB on a GPU, where a chunk costs
-# its launches whatever its size.
+# Bytes of `blocks` handled at a time: the int64 indices of a chunk take 8 MiB, and 128 MiB on a GPU, where each chunk
+# costs its launches.
 _CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 # One lookup yields both values of a byte when the pair is moved as one integer.
