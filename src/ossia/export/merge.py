@@ -320,17 +320,17 @@ class _Merge:
 
 
 class _Told:
-    """Sums over a tensor's pieces: of squares, and of products for `kept`."""
+    """Sums over a tensor's pieces: of squares, and of products for `kept`; on the device until they are asked for."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor) -> None:
-        self.sums[name] += float(value)
+        self._sums[name] = self._sums.get(name, 0.0) + value.double()
 
     def rounding(self) -> Rounding:
         """See `merge`."""
-        sums = self.sums
+        sums = defaultdict(float, {name: float(value) for name, value in self._sums.items()})
         found = {name: _relative(sums[name], sums["weight"]) for name in ("error", "plain_error", "change")}
         found["kept"] = sums["kept"] / sums["change"] if sums["change"] else 1.0
         names = ("lost", "nearest_lost") if sums["moved"] else ()

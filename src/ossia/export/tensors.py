@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -16,6 +18,10 @@ from ossia.model.stream import DTYPES, row_count
 
 PIECE_VALUES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """Values handled at a time by kind of device, or one row of a tensor (one expert) if that is more."""
+_WAITING = 2
+"""Writes of rows that may wait for the disk while the next rows are made."""
+_FLUSH = 256 << 20
+"""Bytes after which a file is flushed, so that its end has little left to wait for."""
 _NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
 
 
@@ -39,9 +45,10 @@ def pieces(shape: tuple[int, ...], device: torch.device) -> Iterator[tuple[int, 
 
 
 class RowWriter:
-    """Writes a file: its head at once, then rows of any tensor, each tensor's in order.
+    """Writes a file: its head at once, then rows of any tensor, each tensor's in order, on a thread of its own.
 
-    The file carries its name only after a clean end of the `with` block, with every byte on the disk.
+    Rows are not to be changed once they are given. The file carries its name only after a clean end of the `with`
+    block, with every byte on the disk.
 
     Args:
         path: of the file.
@@ -57,6 +64,9 @@ class RowWriter:
 
     def __enter__(self) -> Self:
         self._file = self.part.open("wb", buffering=0)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ossia-write")
+        self._waiting: deque[Future[None]] = deque()
+        self._dirty = 0
         self._write(self._head, 0)
         return self
 
@@ -66,15 +76,19 @@ class RowWriter:
         start = self._next[name]
         if start + len(data) > self._ends[name]:
             raise ValueError(f"{name}: more rows than its shape has")
-        self._write(data, start)
         self._next[name] += len(data)
+        while len(self._waiting) >= _WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._write, data, start))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with self._file:
+            with self._file, self._thread:
                 if error is None:
+                    for write in self._waiting:
+                        write.result()
                     if short := [name for name, end in self._ends.items() if self._next[name] != end]:
                         raise ValueError(f"{short[0]}: fewer rows than its shape has")
                     os.fsync(self._file.fileno())
@@ -84,9 +98,13 @@ class RowWriter:
             self.part.unlink(missing_ok=True)
 
     def _write(self, data: bytes | memoryview, start: int) -> None:
+        self._dirty += len(data)
         while data:
             count = os.pwrite(self._file.fileno(), data, start)
             data, start = data[count:], start + count
+        if self._dirty >= _FLUSH:
+            os.fsync(self._file.fileno())
+            self._dirty = 0
 
 
 class Writer(RowWriter):
