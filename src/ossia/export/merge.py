@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,12 +91,15 @@ def merge(
     try:
         if calibration and left:
             calibration.collect(part.folder / CALIBRATION)
+        started = time.perf_counter()
         with progress("merging", len(units), "tensors") as advance:
             for shard in shards:
                 if shard.file in done:
                     advance(len(shard.units))
                 else:
                     part.write(shard, advance)
+        made = time.perf_counter() - started - part.waited
+        say(f"{left / 1e9:.1f} GB merged: {made:.1f} s reading and computing, {part.waited:.1f} s waiting for the disk")
         write_rest(base, part.folder, None if dtype is None else str(dtype).removeprefix("torch."))
         _write_index(part.folder, shards)
         roundings = {name: rounding for shard in shards for name, rounding in part.done[shard.file].items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,6 +62,8 @@ class RowWriter:
         self._head = head
         self._next = {name: start for name, (start, _) in spans.items()}
         self._ends = {name: end for name, (_, end) in spans.items()}
+        self.waited = 0.0
+        """Seconds for which the caller waited for the disk."""
 
     def __enter__(self) -> Self:
         self._file = self.part.open("wb", buffering=0)
@@ -77,8 +80,7 @@ class RowWriter:
         if start + len(data) > self._ends[name]:
             raise ValueError(f"{name}: more rows than its shape has")
         self._next[name] += len(data)
-        while len(self._waiting) >= _WAITING:
-            self._waiting.popleft().result()
+        self._wait(_WAITING - 1)
         self._waiting.append(self._thread.submit(self._write, data, start))
 
     def __exit__(
@@ -87,15 +89,23 @@ class RowWriter:
         try:
             with self._file, self._thread:
                 if error is None:
-                    for write in self._waiting:
-                        write.result()
+                    self._wait(0)
                     if short := [name for name, end in self._ends.items() if self._next[name] != end]:
                         raise ValueError(f"{short[0]}: fewer rows than its shape has")
+                    started = time.perf_counter()
                     os.fsync(self._file.fileno())
+                    self.waited += time.perf_counter() - started
             if error is None:
                 self.part.replace(self.path)
         finally:
             self.part.unlink(missing_ok=True)
+
+    def _wait(self, left: int) -> None:
+        """Until no more than `left` writes are waiting; OSError where one failed."""
+        started = time.perf_counter()
+        while len(self._waiting) > left:
+            self._waiting.popleft().result()
+        self.waited += time.perf_counter() - started
 
     def _write(self, data: bytes | memoryview, start: int) -> None:
         self._dirty += len(data)
