@@ -62,8 +62,8 @@ def export(adapter: Path, output: Path, kind: str, device: str) -> dict[str, obj
     command = [sys.executable, "-m", "ossia", "export", "--adapters", adapter, "--merge_lora", "true", "--format", kind,
                "--device", device, "--verify", "false", "--output_dir", output]  # fmt: skip
     started, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=subprocess.STDOUT, text=True)
+    with tempfile.TemporaryFile("w+") as printed:
+        process = subprocess.Popen(list(map(str, command)), stdout=printed, stderr=subprocess.STDOUT, text=True)
         watched = psutil.Process(process.pid)
         while process.poll() is None:
             try:
@@ -72,13 +72,14 @@ def export(adapter: Path, output: Path, kind: str, device: str) -> dict[str, obj
                 break
             time.sleep(0.1)
         seconds = time.perf_counter() - started
-        said.seek(0)
-        lines = said.read().splitlines()
+        printed.seek(0)
+        lines = printed.read().splitlines()
     if process.wait():
         return {"format": kind, "failed": lines[-1:]}
     written = sum(file.stat().st_size for file in output.iterdir())
+    said = [line for line in lines if line.startswith("experts rounded") or " GB merged: " in line]
     return {"format": kind, "seconds": round(seconds, 1), "host_peak_bytes": peak, "written_bytes": written,
-            "said": [line for line in lines if line.startswith("experts rounded")]}  # fmt: skip
+            "said": said}  # fmt: skip
 
 
 def main() -> None:

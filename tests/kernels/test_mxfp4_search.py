@@ -94,7 +94,7 @@ def test_shapes_dtypes_and_chunks(shape: tuple[int, ...], dtype: torch.dtype, mo
     whole = quantize_search(weight)
     assert whole.blocks.shape == (*shape[:-1], shape[-1] // 32, 16)
     assert whole.scales.shape == whole.error.shape == whole.plain_error.shape == (*shape[:-1], shape[-1] // 32)
-    monkeypatch.setattr(search, "_CHUNK_BLOCKS", 3)
+    monkeypatch.setattr(search, "_CHUNK_BLOCKS", {"cpu": 3})
     for views in (weight, weight.mT.contiguous().mT):
         for ours, want in zip(quantize_search(views), whole, strict=True):
             assert torch.equal(ours, want)

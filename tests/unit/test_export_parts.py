@@ -67,6 +67,22 @@ def test_a_file_stopped_half_way_or_short_of_rows_is_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_disk_that_fails_behind_the_merge_leaves_no_file(tmp_path, monkeypatch, count):
+    def fails(*args):
+        raise OSError(28, "No space left on device")
+
+    def write():
+        with Writer(tmp_path / "x.safetensors", {"a": Spec(torch.float32, (count, 2))}) as writer:
+            monkeypatch.setattr(module.os, "pwrite", fails)
+            for _ in range(count):
+                writer.write("a", torch.zeros(1, 2))
+
+    with pytest.raises(OSError, match="No space left"):
+        write()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_becomes_shorter_is_named(tmp_path):
     save_file({"a": torch.zeros(100)}, tmp_path / "x.safetensors")
     stored = read_header(tmp_path / "x.safetensors")["a"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,12 +91,15 @@ def merge(
     try:
         if calibration and left:
             calibration.collect(part.folder / CALIBRATION)
+        started = time.perf_counter()
         with progress("merging", len(units), "tensors") as advance:
             for shard in shards:
                 if shard.file in done:
                     advance(len(shard.units))
                 else:
                     part.write(shard, advance)
+        made = time.perf_counter() - started - part.waited
+        say(f"{left / 1e9:.1f} GB merged: {made:.1f} s reading and computing, {part.waited:.1f} s waiting for the disk")
         write_rest(base, part.folder, None if dtype is None else str(dtype).removeprefix("torch."))
         _write_index(part.folder, shards)
         roundings = {name: rounding for shard in shards for name, rounding in part.done[shard.file].items()}
@@ -320,17 +324,17 @@ class _Merge:
 
 
 class _Told:
-    """Sums over a tensor's pieces: of squares, and of products for `kept`."""
+    """Sums over a tensor's pieces: of squares, and of products for `kept`; on the device until they are asked for."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor) -> None:
-        self.sums[name] += float(value)
+        self._sums[name] = self._sums.get(name, 0.0) + value.double()
 
     def rounding(self) -> Rounding:
         """See `merge`."""
-        sums = self.sums
+        sums = defaultdict(float, {name: float(value) for name, value in self._sums.items()})
         found = {name: _relative(sums[name], sums["weight"]) for name in ("error", "plain_error", "change")}
         found["kept"] = sums["kept"] / sums["change"] if sums["change"] else 1.0
         names = ("lost", "nearest_lost") if sums["moved"] else ()

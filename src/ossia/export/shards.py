@@ -78,6 +78,8 @@ class Part:
         self.folder = output.parent / f".{output.name}.part"
         self._key, self._record = key, self.folder / "export.part.json"
         self.done: dict[str, dict[str, Rounding]] = {}
+        self.waited = 0.0
+        """Seconds for which the disk held up the merge."""
         if self.folder.exists():
             self._recover()
 
@@ -100,6 +102,7 @@ class Part:
                 for name, rows in unit.make(roundings):
                     writer.write(name, rows)
                 advance(1)
+        self.waited += writer.waited
         self.done[shard.file] = roundings
         self._save()
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -16,6 +19,10 @@ from ossia.model.stream import DTYPES, row_count
 
 PIECE_VALUES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """Values handled at a time by kind of device, or one row of a tensor (one expert) if that is more."""
+_WAITING = 2
+"""Writes of rows that may wait for the disk while the next rows are made."""
+_FLUSH = 256 << 20
+"""Bytes after which a file is flushed, so that its end has little left to wait for."""
 _NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
 
 
@@ -39,9 +46,10 @@ def pieces(shape: tuple[int, ...], device: torch.device) -> Iterator[tuple[int, 
 
 
 class RowWriter:
-    """Writes a file: its head at once, then rows of any tensor, each tensor's in order.
+    """Writes a file: its head at once, then rows of any tensor, each tensor's in order, on a thread of its own.
 
-    The file carries its name only after a clean end of the `with` block, with every byte on the disk.
+    Rows are not to be changed once they are given. The file carries its name only after a clean end of the `with`
+    block, with every byte on the disk.
 
     Args:
         path: of the file.
@@ -54,9 +62,14 @@ class RowWriter:
         self._head = head
         self._next = {name: start for name, (start, _) in spans.items()}
         self._ends = {name: end for name, (_, end) in spans.items()}
+        self.waited = 0.0
+        """Seconds for which the caller waited for the disk."""
 
     def __enter__(self) -> Self:
         self._file = self.part.open("wb", buffering=0)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ossia-write")
+        self._waiting: deque[Future[None]] = deque()
+        self._dirty = 0
         self._write(self._head, 0)
         return self
 
@@ -66,27 +79,42 @@ class RowWriter:
         start = self._next[name]
         if start + len(data) > self._ends[name]:
             raise ValueError(f"{name}: more rows than its shape has")
-        self._write(data, start)
         self._next[name] += len(data)
+        self._wait(_WAITING - 1)
+        self._waiting.append(self._thread.submit(self._write, data, start))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with self._file:
+            with self._file, self._thread:
                 if error is None:
+                    self._wait(0)
                     if short := [name for name, end in self._ends.items() if self._next[name] != end]:
                         raise ValueError(f"{short[0]}: fewer rows than its shape has")
+                    started = time.perf_counter()
                     os.fsync(self._file.fileno())
+                    self.waited += time.perf_counter() - started
             if error is None:
                 self.part.replace(self.path)
         finally:
             self.part.unlink(missing_ok=True)
 
+    def _wait(self, left: int) -> None:
+        """Until no more than `left` writes are waiting; OSError where one failed."""
+        started = time.perf_counter()
+        while len(self._waiting) > left:
+            self._waiting.popleft().result()
+        self.waited += time.perf_counter() - started
+
     def _write(self, data: bytes | memoryview, start: int) -> None:
+        self._dirty += len(data)
         while data:
             count = os.pwrite(self._file.fileno(), data, start)
             data, start = data[count:], start + count
+        if self._dirty >= _FLUSH:
+            os.fsync(self._file.fileno())
+            self._dirty = 0
 
 
 class Writer(RowWriter):
