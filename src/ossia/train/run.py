@@ -28,7 +28,7 @@ from ossia.model.folder import read_json, resolve_model, weight_files
 from ossia.model.tokenizer import load_tokenizer
 from ossia.template.options import template_from
 from ossia.track import read_metrics
-from ossia.track.files import facts_of, note
+from ossia.track.files import RUN, facts_of, note
 from ossia.track.jsonl import METRICS
 from ossia.train.adapters import one_adapter, take_settings
 from ossia.train.checkpoint import checkpoints
@@ -352,7 +352,7 @@ def _train(
         shown.close()
         trackers.finish(status)
         if state.is_main_process:
-            note(run_dir, status=status)
+            _note_end(run_dir, status)
     if stop.unsaved:
         raise OssiaError(f"the last checkpoint is not saved: {stop.unsaved}. {_safe(run_dir)}")
     if status == "interrupted":
@@ -367,6 +367,14 @@ def _train(
         peak = torch.cuda.max_memory_allocated(device)
         say(f"memory: {peak / 1e9:.1f} GB at the peak, {plan.peak / 1e9:.1f} planned")
     return _result(run_dir, status == "finished")
+
+
+def _note_end(run_dir: Path, status: str) -> None:
+    """A full disk must not hide how the run ended."""
+    try:
+        note(run_dir, status=status)
+    except OSError as error:
+        say(f"{RUN} still says running: {error.strerror}")
 
 
 def _run_folder(config: SftConfig, start: Start, is_main_process: bool) -> Path:
