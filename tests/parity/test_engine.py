@@ -234,13 +234,25 @@ def test_lengths_are_bounded(tiny_gpt_oss, template, prompts):
 
 @needs_source
 @pytest.mark.slow
-def test_demo_base_says_what_transformers_says():
-    """Real text: answers of the demo's base to questions of different lengths, all at once and one by one."""
+def test_demo_base_says_what_transformers_says(tmp_path):
+    """Real text: answers of the demo's base, with and without an adapter, to questions of different lengths, all at once
+    and one by one."""
     folder = ensure_base()
     template = load_template(load_tokenizer(folder), "harmony")
     questions = ["Hi", "What is the largest planet?", "你好,请介绍一下北京。", "Count: one two three one two three"]
     prompts = [template.prompt([Message("user", question + " please" * n)]) for n in range(4) for question in questions]
-    want = expected(stock_base(folder), template, prompts, 6)
-    model, sampling = load_model(folder, device="cpu"), Sampling(max_new_tokens=6)
-    assert Engine(model, template, max_batch_size=16).generate(prompts, sampling) == want
-    assert Engine(model, template, max_batch_size=1).generate(prompts[:4], sampling) == want[:4]
+    model = add_lora(load_model(folder, device="cpu"), rank=4)
+    randomise(model, 0.05)
+    save_adapter(model, tmp_path / "checkpoint-1", str(folder))
+    stock = stock_base(folder)
+    want = expected(stock, template, prompts, 6)
+    merged = PeftModel.from_pretrained(stock, tmp_path / "checkpoint-1").merge_and_unload()
+    tuned = expected(merged, template, prompts, 6)
+    assert sum(one != other for one, other in zip(want, tuned, strict=True)) > 8
+    sampling = Sampling(max_new_tokens=6)
+    together, alone = (Engine(model, template, max_batch_size=size) for size in (16, 1))
+    assert together.generate(prompts, sampling) == tuned
+    assert alone.generate(prompts[:4], sampling) == tuned[:4]
+    with together.without_adapter(), alone.without_adapter():
+        assert together.generate(prompts, sampling) == want
+        assert alone.generate(prompts[:4], sampling) == want[:4]
