@@ -32,6 +32,8 @@ class StubEngine:
 
 
 if __name__ == "__main__":
+    import fcntl
+    import termios
     from pathlib import Path
 
     from ossia.config import InferConfig
@@ -39,6 +41,8 @@ if __name__ == "__main__":
     from ossia.model.tokenizer import load_tokenizer
     from ossia.template import load_template
 
+    # The first process of a session: its terminal's Ctrl-C comes here.
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     folder, seconds, *flags = sys.argv[1:]
     config = InferConfig.from_args(["--model", folder, *flags], "chat", "")
     chat(StubEngine(load_template(load_tokenizer(Path(folder)), "harmony"), float(seconds)), config)

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -51,17 +52,10 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=self._own_terminal,
+            cwd=Path(__file__).parents[2],
             env={**os.environ, "OSSIA_CACHE": str(cache), "TERM": "xterm-256color"},
         )
         os.close(slave)
-
-    @staticmethod
-    def _own_terminal():
-        import fcntl
-        import termios
-
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     def type(self, text):
         os.write(self.master, text.encode())
@@ -72,7 +66,10 @@ class Terminal:
         while text not in self.seen:
             assert time.monotonic() < end, self.seen
             if select.select([self.master], [], [], 0.1)[0]:
-                self.seen += os.read(self.master, 4096).decode(errors="replace")
+                try:
+                    self.seen += os.read(self.master, 4096).decode(errors="replace")
+                except OSError:
+                    pytest.fail(f"the chat has ended: {self.seen}")
         before, _, self.seen = self.seen.partition(text)
         return before
 

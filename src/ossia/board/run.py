@@ -30,11 +30,11 @@ def run(config: BoardConfig) -> None:
     if not root.is_dir():
         raise UsageError(f"ossia board {config.folder}: no such folder")
     with serve(root.resolve(), config.host, config.port) as server:
-        say(f"{len(server.runs.changes()['ids']):,} runs in {root}")
-        say(f"board: http://{config.host}:{server.server_port}   (Ctrl-C ends it)")
-        if not server.local:
-            say("every machine that reaches this address can read these runs")
         try:
+            say(f"{len(server.runs.changes()['ids']):,} runs in {root}")
+            say(f"board: http://{config.host}:{server.server_port}   (Ctrl-C ends it)")
+            if not server.local:
+                say("every machine that reaches this address can read these runs")
             server.serve_forever()
         except KeyboardInterrupt:
             say()
