@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 
@@ -71,7 +70,7 @@ def test_patience_is_counted_across_an_interruption(config, monkeypatch):
     first = run(options).run_dir
     monkeypatch.undo()
     assert list(held_out(first))[-1] == last - 2
-    os.chdir(first.parents[1])
+    monkeypatch.chdir(first.parents[1])
     run(dataclasses.replace(options, resume=str(first)))
     assert losses(first) == losses(whole)
 
