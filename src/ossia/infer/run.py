@@ -63,13 +63,15 @@ def model_of(config: InferConfig, folder: Path) -> Any:
     from ossia.train.adapters import one_adapter
 
     quiet_libraries()
-    # Decoding one token at a time gains nothing from flex_attention and would compile it for every length.
-    attention = "eager" if config.attn_impl == "auto" else config.attn_impl
     with one_adapter(config.adapters, config.adapter_weights) if config.adapters else nullcontext() as adapter:
         if adapter is not None:
             check_origin(adapter, folder)
         model: Any = load_model(
-            folder, torch_dtype=config.torch_dtype, device=config.device, experts=config.experts, attn_impl=attention
+            folder,
+            torch_dtype=config.torch_dtype,
+            device=config.device,
+            experts=config.experts,
+            attn_impl=config.attn_impl,
         )
         if adapter is not None:
             model = load_adapter(model, adapter)
