@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ossia.config.base import Config
-from ossia.console import is_main_process
+from ossia.console import is_main_process, world_size
 from ossia.errors import OssiaError, UsageError, nearest
 
 
@@ -65,7 +65,7 @@ ALIASES = {"deploy": "serve"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     code = _exit_code(list(sys.argv[1:] if argv is None else argv))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         # gloo's threads can abort a process at the interpreter's end, and closing its group can wait for ever.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -13,6 +13,11 @@ from pathlib import Path
 Advance = Callable[[float], None]
 
 
+def world_size() -> int:
+    """Processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_main_process() -> bool:
     """True in rank 0 and in a run of one process."""
     return os.environ.get("RANK", "0") == "0"

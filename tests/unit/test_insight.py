@@ -116,7 +116,7 @@ def test_a_sample_that_fails_ends_the_samples_only(tmp_path, model, capsys, monk
     said = []
     trackers = SimpleNamespace(text=lambda *values: said.append(values))
     shown = SimpleNamespace(sample=None)
-    callback = SampleCallback(tmp_path, [], 2, template, None, trackers, shown)
+    callback = SampleCallback(tmp_path, [], 2, template, trackers, shown)
     callback.prompts = [([5, 6], "question", "label")]
     args = SimpleNamespace(device=torch.device("cpu"), bf16=False)
     state = SimpleNamespace(global_step=0, max_steps=5, is_world_process_zero=True)

@@ -18,6 +18,7 @@ from ossia.console import is_main_process, say
 from ossia.track import Trackers
 from ossia.track.report import duration
 from ossia.train.folder import point
+from ossia.train.launch import stop_signals_to
 
 _RENAMED = {"train_runtime": "train_seconds", "eval_runtime": "eval_seconds"}
 _DROPPED = {"total_flos", "epoch", "step"}
@@ -129,12 +130,8 @@ class StopCallback(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with stop_signals_to(self._signal):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self._asked:

@@ -22,12 +22,17 @@ def new_run_folder(output_dir: str, add_version: bool) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         if not add_version:
             return parent
-        numbers = [int(m[1]) for path in parent.iterdir() if (m := re.match(r"v(\d+)-", path.name))]
-        folder = parent / f"v{max(numbers, default=-1) + 1}-{time.strftime('%Y%m%d-%H%M%S')}"
+        number = max((number for number, _ in numbered_runs(parent)), default=-1) + 1
+        folder = parent / f"v{number}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder.mkdir()
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from error
     return folder
+
+
+def numbered_runs(parent: Path) -> list[tuple[int, Path]]:
+    """(N, folder) of each `vN-…` in a folder, in no order."""
+    return [(int(match[1]), path) for path in parent.iterdir() if (match := re.match(r"v(\d+)-", path.name))]
 
 
 def point(run: Path, name: str, target: str | None) -> None:

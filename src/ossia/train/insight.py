@@ -174,12 +174,12 @@ class SampleCallback(TrainerCallback):
     """
 
     def __init__(
-        self, run: Path, rows: TokenRows, count: int, template: Template, tokenizer: Any, trackers: Trackers, shown: Any
+        self, run: Path, rows: TokenRows, count: int, template: Template, trackers: Trackers, shown: Any
     ) -> None:
         self.file = run / SAMPLES
-        self.template, self.tokenizer = template, tokenizer
+        self.template = template
         self.trackers, self.shown = trackers, shown
-        self.prompts = [*_prompts(rows, count, template, tokenizer)]
+        self.prompts = [*_prompts(rows, count, template)]
         self._step = -1
 
     def on_train_begin(
@@ -234,7 +234,7 @@ class SampleCallback(TrainerCallback):
         self.shown.sample = (prompt, answer)
 
 
-def _prompts(rows: TokenRows, count: int, template: Template, tokenizer: Any) -> Iterator[tuple[list[int], str, str]]:
+def _prompts(rows: TokenRows, count: int, template: Template) -> Iterator[tuple[list[int], str, str]]:
     """(tokens up to the first that is trained, the question, the expected answer) of the first rows."""
     for index in range(len(rows)):
         if not count:
@@ -245,9 +245,13 @@ def _prompts(rows: TokenRows, count: int, template: Template, tokenizer: Any) ->
             continue
         count -= 1
         ids = row.input_ids[: trained[0]].tolist()
-        asked = _USER.findall(tokenizer.decode(ids))
+        asked = _USER.findall(template.tokenizer.decode(ids))
         expected = template.parse(row.labels[trained].tolist())
-        yield ids, asked[-1] if asked else tokenizer.decode(ids, skip_special_tokens=True).strip(), expected.content
+        yield (
+            ids,
+            asked[-1] if asked else template.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+            expected.content,
+        )
 
 
 def _probe(rows: Sequence[TokenRow], pad_id: int, batch_size: int) -> list[dict[str, Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
 from dataclasses import dataclass
 from itertools import takewhile
@@ -20,7 +19,7 @@ from ossia.track.files import write_aside
 from ossia.track.jsonl import METRICS
 from ossia.track.report import SAMPLES
 from ossia.train.checkpoint import checkpoints, damage, manifest, sound_checkpoint, step_of, tidy
-from ossia.train.folder import CONFIG, options_of, point
+from ossia.train.folder import CONFIG, numbered_runs, options_of, point
 
 _FREE = {
     "resume",
@@ -182,8 +181,7 @@ def _newest_run(config: SftConfig) -> Path | None:
     if not config.add_version:
         runs = [parent]
     elif parent.is_dir():
-        numbered = [(int(match[1]), path) for path in parent.iterdir() if (match := re.match(r"v(\d+)-", path.name))]
-        runs = [path for _, path in sorted(numbered, reverse=True)]
+        runs = [path for _, path in sorted(numbered_runs(parent), reverse=True)]
     else:
         runs = []
     for run in runs:

@@ -16,7 +16,7 @@ from ossia.adapters.targets import check_targets
 from ossia.compat import quiet_libraries
 from ossia.config import SftConfig
 from ossia.config.base import parse_bytes, parse_seconds
-from ossia.console import say, tool
+from ossia.console import say, tool, world_size
 from ossia.data.packing import PackedRows
 from ossia.data.prepare import prepare, split
 from ossia.data.sources import find_datasets
@@ -75,7 +75,7 @@ def run(config: SftConfig) -> SftResult | None:
     folder = resolve_model(str(config.model))
     if Path(str(config.model)).is_dir():
         config.model = str(folder)
-    if processes * nodes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes * nodes > 1 or world_size() > 1:
         check_sharding(config, str(read_json(folder / "config.json").get("model_type")))
     if processes * nodes > 1 and not config.dry_run:
         say(f"starting {processes} processes" + (f" on each of {nodes} machines" if nodes > 1 else ""))
@@ -95,19 +95,18 @@ def _run(config: SftConfig, folder: Path, adapter: Path | None, began: float) ->
         check_origin(adapter, folder)
     targets = check_targets(folder, config.target_modules, config.target_experts)
     start = find_start(config)
-    tokenizer = load_tokenizer(folder)
-    template = template_from(tokenizer, config)
+    template = template_from(load_tokenizer(folder), config)
     rows, held = _data(config, template)
     if config.dry_run:
         say(config.to_yaml().rstrip())
         return None
-    facts = {"processes": int(os.environ.get("WORLD_SIZE", "1")), **data_facts(rows, held)}
+    facts = {"processes": world_size(), **data_facts(rows, held)}
     if start.checkpoint is not None:
         check_facts(start.checkpoint, facts)
     if start.run is not None and facts_of(start.run).get("status") == "finished":
         say(f"{start.run} is finished")
         return _result(start.run)
-    parts = (config, folder, adapter, targets, tokenizer, template, rows, held, start, facts, began)
+    parts = (config, folder, adapter, targets, template, rows, held, start, facts, began)
     if not config.deterministic:
         return _train(*parts)
     before_cuda()
@@ -206,7 +205,7 @@ def plan_for(
         rank=config.lora_rank if targets[1] else 0,
         adapters=adapter_parameters(model, config.lora_rank, *targets),
         accumulates=config.gradient_accumulation_steps > 1,
-        parallel=int(os.environ.get("WORLD_SIZE", "1")) > 1,
+        parallel=world_size() > 1,
         quantized=quantized,
         fused=not (config.lora_dropout and targets[1]) and HAS_TRITON,
     )
@@ -243,7 +242,6 @@ def _train(
     folder: Path,
     adapter: Path | None,
     targets: tuple[list[str], list[int]],
-    tokenizer: Any,
     template: Any,
     rows: TokenRows,
     held: TokenRows | None,
@@ -329,9 +327,9 @@ def _train(
     args.eval_on_start = start.evaluation_due if start.checkpoint else config.eval_on_start
     shown = PanelCallback() if on_terminal() else LinesCallback()
     stop = StopCallback(parse_seconds(config.max_time, "--max_time") if config.max_time else None, began, shown.tell)
-    watch = _insight(config, folder, args, wrapped, tokenizer, template, rows, held, trackers, shown)
+    watch = _insight(config, folder, args, wrapped, template, rows, held, trackers, shown)
     watch += [shown, TrackCallback(trackers)]
-    trainer = _trainer(config, folder, args, wrapped, tokenizer, template, rows, held, watch, facts, stop)
+    trainer = _trainer(config, folder, args, wrapped, template, rows, held, watch, facts, stop)
     say(f"run: {run_dir}")
     if start.checkpoint is not None:
         say(f"going on from {start.checkpoint}")
@@ -401,7 +399,6 @@ def _trainer(
     folder: Path,
     args: TrainingArguments,
     model: Any,
-    tokenizer: Any,
     template: Any,
     rows: TokenRows,
     held: TokenRows | None,
@@ -426,7 +423,7 @@ def _trainer(
         train_dataset=_packed(config, rows) if config.packing else rows,
         eval_dataset=held,
         data_collator=Collator(template.pad_id),
-        tokenizer=tokenizer,
+        tokenizer=template.tokenizer,
         callbacks=[
             *watch,
             LinkCallback(Path(str(args.output_dir))),
@@ -447,7 +444,6 @@ def _insight(
     folder: Path,
     args: TrainingArguments,
     model: Any,
-    tokenizer: Any,
     template: Any,
     rows: TokenRows,
     held: TokenRows | None,
@@ -472,7 +468,7 @@ def _insight(
         found.append(insight.ExpertCallback(run_dir, model, held or rows, template.pad_id, size))
     if config.sample_prompts and whole and held:
         prompts = (held, config.sample_prompts)
-        found.append(insight.SampleCallback(run_dir, *prompts, template, tokenizer, trackers, shown))
+        found.append(insight.SampleCallback(run_dir, *prompts, template, trackers, shown))
     return found
 
 
@@ -492,7 +488,7 @@ def training_arguments(
     try:
         return TrainingArguments(
             output_dir=config.output_dir,
-            **(sharding_arguments(config) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}),
+            **(sharding_arguments(config) if world_size() > 1 else {}),
             **{name: getattr(config, name) for name in same.split()},
             # A plan says it layer by layer.
             gradient_checkpointing=plan is None and config.gradient_checkpointing != "false",
@@ -524,7 +520,7 @@ def training_arguments(
 
 def _workers(wanted: int) -> int:
     """Processes that assemble batches: no more than this process's share of the cores."""
-    share = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("WORLD_SIZE", "1")))
+    share = max(1, len(os.sched_getaffinity(0)) // world_size())
     if wanted > share:
         say(f"--dataloader_num_workers {wanted}: {share} used, one per core that a process has here")
     return min(wanted, share)
