@@ -63,34 +63,24 @@ def _values(bits, power, kind: tl.constexpr):
     return ((bits & -2118123520).to(tl.float32, bitcast=True) * power).to(kind)  # 0x81C00000
 
 
+def _two_bytes(bytes_: str, power: str, low: str, high: str) -> str:
+    """Instructions for two bytes, spread over the halves of a register: `low` and `high` get their codes as pairs of
+    bfloat16, times those of `power`."""
+    return "".join(
+        f"shl.b32 code, {bytes_}, {exponent};\nand.b32 code, code, 0x01C001C0;\n"
+        f"shl.b32 sign, {bytes_}, {top};\nlop3.b32 code, sign, 0x80008000, code, 0xEA;\n"
+        f"fma.rn.bf16x2 {out}, code, {power}, zero;\n"
+        for out, exponent, top in ((low, 6, 12), (high, 2, 8))
+    )
+
+
 # Eight codes of four bytes, times powers of two that have four bfloat16 in $5 and $6: low codes to $0 and $1, high ones
 # to $2 and $3. A third fewer instructions than in the language, which has no pairs of bfloat16.
-_EXPAND: tl.constexpr = tl.constexpr("""{
-    .reg .b32 a, b, low, high, sign, zero;
-    mov.b32 zero, 0x80008000;
-    prmt.b32 a, $4, 0, 0x4140;
-    prmt.b32 b, $4, 0, 0x4342;
-    shl.b32 low, a, 6;
-    and.b32 low, low, 0x01C001C0;
-    shl.b32 sign, a, 12;
-    lop3.b32 low, sign, 0x80008000, low, 0xEA;
-    fma.rn.bf16x2 $0, low, $5, zero;
-    shl.b32 high, a, 2;
-    and.b32 high, high, 0x01C001C0;
-    shl.b32 sign, a, 8;
-    lop3.b32 high, sign, 0x80008000, high, 0xEA;
-    fma.rn.bf16x2 $2, high, $5, zero;
-    shl.b32 low, b, 6;
-    and.b32 low, low, 0x01C001C0;
-    shl.b32 sign, b, 12;
-    lop3.b32 low, sign, 0x80008000, low, 0xEA;
-    fma.rn.bf16x2 $1, low, $6, zero;
-    shl.b32 high, b, 2;
-    and.b32 high, high, 0x01C001C0;
-    shl.b32 sign, b, 8;
-    lop3.b32 high, sign, 0x80008000, high, 0xEA;
-    fma.rn.bf16x2 $3, high, $6, zero;
-}""")
+_EXPAND = tl.constexpr(
+    "{\n.reg .b32 first, second, code, sign, zero;\nmov.b32 zero, 0x80008000;\n"
+    "prmt.b32 first, $4, 0, 0x4140;\nprmt.b32 second, $4, 0, 0x4342;\n"
+    f"{_two_bytes('first', '$5', '$0', '$2')}{_two_bytes('second', '$6', '$1', '$3')}}}"
+)
 
 
 @triton.jit
