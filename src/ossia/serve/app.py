@@ -7,7 +7,7 @@ import base64
 import hashlib
 import hmac
 import re
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ossia.serve.errors import ApiError
 from ossia.serve.metrics import CONTENT_TYPE
 from ossia.serve.responses import answer_response, response_ask, stream_response
 from ossia.serve.schema import ChatRequest, CompletionRequest, ResponsesRequest
-from ossia.serve.service import Run, Service
+from ossia.serve.service import Ask, Run, Service
 
 OPEN_PATHS = ("/", "/health")
 PATHS = (*OPEN_PATHS, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses")
@@ -56,29 +56,23 @@ def build_app(service: Service, key: str | None) -> FastAPI:
     app.add_middleware(Guard, service=service, key=key)
     page, policy = _page()
 
+    async def reply(
+        request: Request, body: Any, ask: Ask, whole: Callable[..., Any], events: Callable[..., Any]
+    ) -> Response:
+        run = Run(service, ask)
+        return EventStream(run, events(body, run)) if body.stream else await _whole(request, run, whole(body, run))
+
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        ask = await chat_ask(service, body)
-        run = Run(service, ask)
-        if body.stream:
-            return EventStream(run, stream_chat(body, run, ask.model))
-        return await _whole(request, run, answer_chat(body, run, ask.model))
+        return await reply(request, body, await chat_ask(service, body), answer_chat, stream_chat)
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        ask = await completion_ask(service, body)
-        run = Run(service, ask)
-        if body.stream:
-            return EventStream(run, stream_completion(service, body, ask, run))
-        return await _whole(request, run, answer_completion(service, body, ask, run))
+        return await reply(request, body, await completion_ask(service, body), answer_completion, stream_completion)
 
     @app.post("/v1/responses")
     async def respond(body: ResponsesRequest, request: Request) -> Response:
-        ask = await response_ask(service, body)
-        run = Run(service, ask)
-        if body.stream:
-            return EventStream(run, stream_response(body, run, ask.model))
-        return await _whole(request, run, answer_response(body, run, ask.model))
+        return await reply(request, body, await response_ask(service, body), answer_response, stream_response)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

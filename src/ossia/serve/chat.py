@@ -85,7 +85,7 @@ async def prepare(
     return prompt, await service.grammar(schema, tools, call) if constrained else None
 
 
-async def answer_chat(body: ChatRequest, run: Run, model: str) -> dict[str, Any]:
+async def answer_chat(body: ChatRequest, run: Run) -> dict[str, Any]:
     """The whole answer, as one object."""
     answers = await run.finish()
     choices = []
@@ -108,13 +108,18 @@ async def answer_chat(body: ChatRequest, run: Run, model: str) -> dict[str, Any]
                 "finish_reason": answer.reason,
             }
         )
-    head = {"id": new_id("chatcmpl-"), "object": "chat.completion", "created": int(time.time()), "model": model}
+    head = run.head("chatcmpl-", "chat.completion")
     return {**head, "choices": choices, "usage": usage(run.prompt_tokens, answers)}
 
 
-async def stream_chat(body: ChatRequest, run: Run, model: str) -> AsyncIterator[str]:
+async def stream_chat(body: ChatRequest, run: Run) -> AsyncIterator[str]:
     """The answer as server-sent events."""
-    head = {"id": new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
+    head = {
+        "id": new_id("chatcmpl-"),
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": run.ask.model,
+    }
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     def chunk(index: int, delta: dict[str, Any], reason: str | None = None, tokens: Any = None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from ossia.serve.chat import stop_list
 from ossia.serve.errors import ApiError, bad
 from ossia.serve.grammar import Vocabulary
 from ossia.serve.schema import CompletionRequest
-from ossia.serve.service import Ask, Run, Service, event, new_id
+from ossia.serve.service import Ask, Run, Service, event
 
 DEFAULT_TOKENS = 16
 
@@ -48,10 +47,10 @@ async def completion_ask(service: Service, body: CompletionRequest) -> Ask:
     )
 
 
-async def answer_completion(service: Service, body: CompletionRequest, ask: Ask, run: Run) -> dict[str, Any]:
+async def answer_completion(body: CompletionRequest, run: Run) -> dict[str, Any]:
     """The whole answers, as one object."""
     answers = await run.finish()
-    echoes = await _echoes(service, body, ask)
+    echoes = await _echoes(body, run)
     choices = [
         {
             "index": index,
@@ -61,13 +60,13 @@ async def answer_completion(service: Service, body: CompletionRequest, ask: Ask,
         }
         for index, answer in enumerate(answers)
     ]
-    head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": ask.model}
+    head = run.head("cmpl-", "text_completion")
     return {**head, "choices": choices, "usage": usage(run.prompt_tokens, answers)}
 
 
-async def stream_completion(service: Service, body: CompletionRequest, ask: Ask, run: Run) -> AsyncIterator[str]:
+async def stream_completion(body: CompletionRequest, run: Run) -> AsyncIterator[str]:
     """The answers as server-sent events."""
-    head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": ask.model}
+    head = run.head("cmpl-", "text_completion")
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     def chunk(index: int, text: str, reason: str | None = None, tokens: Any = None) -> str:
@@ -75,7 +74,7 @@ async def stream_completion(service: Service, body: CompletionRequest, ask: Ask,
         return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
 
     try:
-        for index, echo in enumerate(await _echoes(service, body, ask)):
+        for index, echo in enumerate(await _echoes(body, run)):
             if echo:
                 yield chunk(index, echo)
         async for index, deltas in run.deltas():
@@ -101,7 +100,8 @@ def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
     return [prompt] if isinstance(prompt[0], int) else prompt
 
 
-async def _echoes(service: Service, body: CompletionRequest, ask: Ask) -> list[str]:
+async def _echoes(body: CompletionRequest, run: Run) -> list[str]:
+    ask, service = run.ask, run.service
     if not body.echo:
         return [""] * (len(ask.prompts) * ask.copies)
     tokenizer = service.engine.template.tokenizer

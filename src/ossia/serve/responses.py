@@ -54,19 +54,19 @@ async def response_ask(service: Service, body: ResponsesRequest) -> Ask:
     )
 
 
-async def answer_response(body: ResponsesRequest, run: Run, model: str) -> dict[str, Any]:
+async def answer_response(body: ResponsesRequest, run: Run) -> dict[str, Any]:
     """The whole response."""
     items = _Items(run.answers[0])
     async for _, deltas in run.deltas():
         for delta in deltas:
             items.push(delta)
     items.close()
-    return _finished(_head(body, model), run, items)
+    return _finished(_head(body, run.ask.model), run, items)
 
 
-async def stream_response(body: ResponsesRequest, run: Run, model: str) -> AsyncIterator[str]:
+async def stream_response(body: ResponsesRequest, run: Run) -> AsyncIterator[str]:
     """The response as server-sent events."""
-    head = _head(body, model)
+    head = _head(body, run.ask.model)
     items = _Items(run.answers[0])
     number = 0
 

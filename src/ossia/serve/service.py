@@ -49,6 +49,7 @@ class Run:
     """The answers to one `Ask` while they come. Whoever makes one closes it."""
 
     def __init__(self, service: Service, ask: Ask) -> None:
+        self.service, self.ask = service, ask
         logprobs = ask.sampling.top_logprobs is not None
         self.prompt_tokens = sum(map(len, ask.prompts))
         self.answers: list[Answer] = []
@@ -68,6 +69,10 @@ class Run:
     def close(self) -> None:
         """Give up what is unfinished."""
         self.work.close()
+
+    def head(self, prefix: str, kind: str) -> dict[str, Any]:
+        """How each object of a chat or a completion begins."""
+        return {"id": new_id(prefix), "object": kind, "created": int(time.time()), "model": self.ask.model}
 
     async def deltas(self) -> AsyncIterator[tuple[int, list[Delta]]]:
         """(answer, what came); the last one of an answer comes when its `reason` is set.
