@@ -9,10 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -113,26 +110,6 @@ def lines_of(tracker: ChildTracker, run: Path, **limits: Any) -> tuple[list[str]
     assert len(read_metrics(run / "metrics.jsonl")) == 1
     assert KEY not in "".join(lines)
     return lines, took
-
-
-@pytest.fixture
-def refusing_server() -> Iterator[str]:
-    class Refuse(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers.get("content-length") or 0))
-            self.send_response(401)
-            self.end_headers()
-
-        do_HEAD = do_GET = do_POST
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Refuse)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
 
 
 def test_wandb_without_network(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -114,12 +113,7 @@ async def answer_chat(body: ChatRequest, run: Run) -> dict[str, Any]:
 
 async def stream_chat(body: ChatRequest, run: Run) -> AsyncIterator[str]:
     """The answer as server-sent events."""
-    head = {
-        "id": new_id("chatcmpl-"),
-        "object": "chat.completion.chunk",
-        "created": int(time.time()),
-        "model": run.ask.model,
-    }
+    head = run.head("chatcmpl-", "chat.completion.chunk")
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     def chunk(index: int, delta: dict[str, Any], reason: str | None = None, tokens: Any = None) -> str:

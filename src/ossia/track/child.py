@@ -155,6 +155,11 @@ def check_installed(extra: str, packages: tuple[str, ...]) -> None:
             raise OssiaError(f"the package {package} is not installed: pip install 'ossia[{extra}]'")
 
 
+def run_settings(run: RunInfo) -> dict[str, Any]:
+    """A run's options and environment, under dotted keys."""
+    return flat({**run.config, "environment": run.environment})
+
+
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys: boards show a nested value as `[object Object]`."""
     found: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ossia.console import tool
 from ossia.errors import OssiaError
 from ossia.track.base import RunInfo
-from ossia.track.child import ChildTracker, Ending, flat
+from ossia.track.child import ChildTracker, Ending, run_settings
 
 Mode = Literal["local", "cloud", "offline"]
 
@@ -67,7 +67,7 @@ class SwanLabTracker(ChildTracker):
             "name": self.experiment_name or run.name,
             "log_dir": str(self._logdir),
             "tags": list(run.tags),
-            "config": flat({**run.config, "environment": run.environment}),
+            "config": run_settings(run),
         }
 
     def where(self, reply: dict[str, str]) -> str:

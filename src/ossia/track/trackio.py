@@ -7,7 +7,7 @@ from typing import Any
 
 from ossia.console import tool
 from ossia.track.base import RunInfo
-from ossia.track.child import ChildTracker, Ending, flat
+from ossia.track.child import ChildTracker, Ending, run_settings
 
 
 class TrackioTracker(ChildTracker):
@@ -18,7 +18,7 @@ class TrackioTracker(ChildTracker):
 
     def options(self, run: RunInfo) -> dict[str, Any]:
         self._project = run.project
-        config = flat({**run.config, "environment": run.environment, "tags": list(run.tags)})
+        config = {**run_settings(run), "tags": list(run.tags)}
         return {"project": run.project, "name": run.name, "config": config}
 
     def where(self, reply: dict[str, str]) -> str:

@@ -11,7 +11,7 @@ from urllib.request import urlopen
 from ossia.console import tool
 from ossia.errors import OssiaError
 from ossia.track.base import RunInfo
-from ossia.track.child import ChildTracker, Ending, flat
+from ossia.track.child import ChildTracker, Ending, run_settings
 
 _REACH_S = 15.0
 _CODES = {"finished": 0, "interrupted": 130}
@@ -36,7 +36,7 @@ class WandbTracker(ChildTracker):
             "name": run.name,
             "dir": str(run.run_dir.resolve()),
             "tags": list(run.tags),
-            "config": flat({**run.config, "environment": run.environment}),
+            "config": run_settings(run),
         }
 
     def where(self, reply: dict[str, str]) -> str:
