@@ -58,6 +58,8 @@ class Terminal:
         os.close(slave)
 
     def type(self, text):
+        # Between looking for a signal and waiting for a key Python's readline would miss one until the next key.
+        time.sleep(0.3)
         os.write(self.master, text.encode())
 
     def until(self, text, seconds=60):
