@@ -1,7 +1,8 @@
-"""Tables of benchmarks/train/results, as Markdown; writes the README's.
+"""Tables of benchmarks/train/results, as Markdown; writes the README's, and the rates that `ossia plan` goes by.
 
 python benchmarks/train/table.py             prints every file's table
-python benchmarks/train/table.py --write     puts the newest into README.md and README.zh.md, between their marks
+python benchmarks/train/table.py --write     puts the newest into README.md and README.zh.md, between their marks, and
+                                             into src/ossia/plan/rates.json
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
+RATES = ROOT / "src" / "ossia" / "plan" / "rates.json"
 NEWEST = "h100-5.json"
 _NAMES = {
     "tutorial": "transformers + PEFT",
@@ -59,12 +61,47 @@ def written(readme: str) -> str:
     return _MARKS.sub(lambda marks: marks[1] + made + marks[2], text)
 
 
+def rates() -> str:
+    """`ossia plan`'s file: Ossia's cases of the newest file; of a size that it has not, of the newest that has it."""
+    found: list[dict[str, Any]] = []
+    files = (file for file in RESULTS.glob("*.json") if _number(file.name) <= _number(NEWEST))
+    for file in sorted(files, key=lambda file: _number(file.name), reverse=True):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        entries = [entry for result in data["results"] if (entry := _rate(result, data["environment"]))]
+        known = {entry["size"] for entry in found}
+        found += [entry for entry in entries if entry["size"] not in known]
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+
+
+def _number(name: str) -> int:
+    return int(re.findall(r"\d+", name)[-1])
+
+
+def _rate(result: dict[str, Any], where: dict[str, Any]) -> dict[str, Any] | None:
+    # How long the rows of a packed sequence are is not written down; work depends on it.
+    if not result["program"].startswith("ossia") or "failed" in result or "--packing" in result.get("flags", []):
+        return None
+    flags = ["--per_device_train_batch_size", str(result["batch"]), "--max_length", str(result["length"])]
+    for name in ("gradient_checkpointing", "memory_budget") if result["program"] == "ossia bench" else ():
+        flags += [f"--{name}", str(result[name])]
+    return {
+        "case": f"{result['batch']} × {result['length']:,}",
+        "size": result.get("size", "20b"),
+        "flags": [*flags, *result.get("flags", [])],
+        "device": where["device"],
+        "commit": result.get("commit", where["commit"]),
+        "date": where["date"],
+        "tokens_per_second": result["tokens_per_second"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true")
     if parser.parse_args().write:
         for readme in _HEADS:
             (ROOT / readme).write_text(written(readme), encoding="utf-8")
+        RATES.write_text(rates(), encoding="utf-8")
         return
     for file in sorted(RESULTS.glob("*.json")):
         data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

@@ -39,6 +39,11 @@ COMMANDS = {
     "data stats": Command(
         "ossia.config:StatsConfig", "ossia.data.check:stats", "lengths, languages, trained tokens, packing"
     ),
+    "plan": Command(
+        "ossia.config:PlanConfig",
+        "ossia.plan.run:run",
+        "what a run of sft will need: memory, time, disk",
+    ),
     "sft": Command("ossia.config:SftConfig", "ossia.train.run:run", "fine-tune with LoRA"),
     "board": Command("ossia.config:BoardConfig", "ossia.board.run:run", "a local page over all runs in a folder"),
     "infer": Command(

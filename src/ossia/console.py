@@ -9,7 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Side = Literal["left", "right"]
 Advance = Callable[[float], None]
 
 
@@ -92,6 +98,23 @@ class _Lines:
         amounts = f"{_amount(self.done)} of {_amount(self.total)} {self.unit}"
         rates = filter(None, (f"{_amount(rate)}/s", self.beside()))
         say(f"{self.label}: {amounts}, {', '.join(rates)}, {left:.0f} s left")
+
+
+def text_console() -> Console:
+    """rich's console for reports: plain text is never taken for markup."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def grid(*justify: Side) -> Table:
+    """A table without lines, of columns that lean to these sides."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for side in justify:
+        table.add_column(justify=side, overflow="fold", no_wrap=side == "right")
+    return table
 
 
 def _amount(value: float) -> str:

@@ -27,6 +27,7 @@ ORDER = [
     "board",
     "train",
     "bench",
+    "plan",
     "infer",
     "serve",
     "export",

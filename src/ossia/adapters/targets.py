@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ossia.adapters.files import LoraSettings
 from ossia.errors import OssiaError, UsageError, nearest
@@ -71,7 +71,20 @@ def check_targets(folder: Path, target_modules: list[str], target_experts: str =
     """
     tensors = [name.removesuffix(".weight") for name in weight_files(folder) if name.endswith(".weight")]
     names = [name for name in tensors if "norm" not in name and "embed" not in name and "router" not in name]
-    config = read_json(folder / "config.json")
+    return match_targets(names, read_json(folder / "config.json"), target_modules, target_experts)
+
+
+def linear_layers(config: dict[str, Any]) -> list[str]:
+    """Names of gpt-oss's linear layers that adapters may be on, from its config.json."""
+    return [
+        f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(config["num_hidden_layers"]) for name in "qkvo"
+    ]
+
+
+def match_targets(
+    names: list[str], config: dict[str, Any], target_modules: list[str], target_experts: str = "auto"
+) -> tuple[list[str], list[int]]:
+    """`check_targets` for a model whose linear layers have these names."""
     layers = range(config["num_hidden_layers"]) if config.get("model_type") == "gpt_oss" else ()
     endings = _linear_targets(names, target_modules) if names else []
     linear = [name for name in names if any(name == end or name.endswith(f".{end}") for end in endings)]

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from transformers import GptOssConfig
 
 from ossia.model.gpt_oss import OssiaGptOssForCausalLM
 from ossia.model.load import on_host, put, unfilled
-
-# All that differs between openai/gpt-oss-20b and -120b, and a toy.
-_SIZES: dict[str, dict[str, Any]] = {
-    "20b": {"num_hidden_layers": 24, "num_local_experts": 32},
-    "120b": {"num_hidden_layers": 36, "num_local_experts": 128},
-    "tiny": {
-        "num_hidden_layers": 2,
-        "num_local_experts": 4,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 512,
-    },
-}
+from ossia.model.sizes import SIZES
 
 
 def config_of(size: str) -> GptOssConfig:
     """transformers' configuration of `20b`, `120b` or `tiny`."""
-    return GptOssConfig(**_SIZES[size])
+    return GptOssConfig(**SIZES[size])
 
 
 def random_model(

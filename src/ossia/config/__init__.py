@@ -7,6 +7,7 @@ from ossia.config.data import CheckConfig, PreviewConfig, StatsConfig
 from ossia.config.demo import DemoConfig
 from ossia.config.export import ExportConfig
 from ossia.config.infer import InferConfig
+from ossia.config.plan import PlanConfig
 from ossia.config.serve import ServeConfig
 from ossia.config.sft import SftConfig
 from ossia.config.verify import VerifyConfig
@@ -19,6 +20,7 @@ __all__ = [
     "DemoConfig",
     "ExportConfig",
     "InferConfig",
+    "PlanConfig",
     "PreviewConfig",
     "ServeConfig",
     "SftConfig",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ossia.config import CheckConfig, StatsConfig
-from ossia.console import Advance, progress
+from ossia.console import Advance, grid, progress, text_console
 from ossia.data.page import write_page
 from ossia.data.report import Found, Report, collect, histogram
 from ossia.data.sources import find_datasets
@@ -20,7 +20,6 @@ from ossia.errors import OssiaError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 _BINS = 14
 _BAR = 32
@@ -105,21 +104,6 @@ def _write_json(values: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, emoji=False)
-
-
-def _grid(*justify: Any) -> Table:
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for side in justify:
-        table.add_column(justify=side, overflow="fold", no_wrap=side == "right")
-    return table
-
-
 def _title(console: Console, text: str) -> None:
     console.print()
     console.print(text, style="bold")
@@ -140,10 +124,10 @@ def _head(console: Console, report: Report) -> None:
 def _print_check(report: Report) -> None:
     from rich.text import Text
 
-    console = _console()
+    console = text_console()
     _head(console, report)
     console.print()
-    table = _grid("left", "left", "right", "left")
+    table = grid("left", "left", "right", "left")
     for what, count, where in checks(report):
         style = "" if not count else "red" if what == "cannot be read" else "yellow"
         mark = "ok" if not count else "bad" if style == "red" else "note"
@@ -162,7 +146,7 @@ def _print_check(report: Report) -> None:
 
 
 def _print_stats(report: Report) -> None:
-    console = _console()
+    console = text_console()
     _head(console, report)
     total, lengths, packing = report.total, report.percentiles(), report.packing()
 
@@ -173,7 +157,7 @@ def _print_stats(report: Report) -> None:
     console.print(f"--max_length {report.max_length:,}: {report.too_long.count:,} rows longer and not trained{cut}")
 
     _title(console, f"Tokens: {total.tokens:,}, {total.trained:,} carry loss ({total.share:.1%})")
-    table = _grid("left", "right", "right", "right")
+    table = grid("left", "right", "right", "right")
     table.add_row("", "tokens", "carry loss", "share", style="dim")
     for channel, share in sorted(report.channels.items()):
         table.add_row(channel or "prompt", f"{share.tokens:,}", f"{share.trained:,}", f"{share.share:.1%}")
@@ -201,7 +185,7 @@ def _bars(console: Console, entries: Iterable[tuple[str, int, str]]) -> None:
 
     entries = list(entries)
     top = max((rows for _, rows, _ in entries), default=1) or 1
-    table = _grid("right", "right", "left", "left")
+    table = grid("right", "right", "left", "left")
     for name, rows, note in entries:
         size = round(8 * _BAR * rows / top) or (1 if rows else 0)
         bar = "█" * (size // 8) + " ▏▎▍▌▋▊▉"[size % 8].strip()

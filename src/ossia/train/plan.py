@@ -4,23 +4,30 @@ Bytes throughout. T tokens of a batch, K experts a token, E experts, H hidden, I
 
 The largest moment of a step is either the loss (everything kept lies in memory, and a chunk of logits) or the backward
 of one layer (what it and the layers below keep, its own intermediates, the gradients of the layers above). Both follow
-from the shapes; `peak` is their maximum. Measured peaks lie within a few per cent (docs/train.md).
+from the shapes; `peak` is their maximum, `parts` what it is made of. Measured peaks lie within a few per cent
+(docs/train.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from ossia.config import SftConfig
+from ossia.config.base import parse_bytes
 from ossia.errors import OssiaError
 
 GB = 1e9
+PLANNED = ("auto", "flash")
+"""Values of `--attn_impl` whose memory is planned."""
+
 KINDS = ("none", "experts", "layer")
 """What a layer's backward makes again: nothing; its experts' first projection; the layer, from its input."""
 
 _LIBRARIES = 80 * 2**20
-"""cuBLAS workspaces and small tensors that PyTorch's allocator counts."""
+_LOADING = 2 * 10**9
+"""Host memory of a run beside what rests there: Python, its libraries, buffers of the loader (measured 1.9 to 2.1)."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,11 @@ class Sizes:
         biases = self.experts * (2 * self.inner + self.hidden) + self.head_size * (self.heads + 2 * self.kv_heads)
         return 2 * (attention + biases + 4 * self.hidden) + 4 * self.experts * (self.hidden + 1)
 
+    @property
+    def frozen(self) -> int:
+        """All that an adapter leaves as it is."""
+        return 2 * self.table + self.layers * (self.layer_rest + self.expert_weights)
+
     def expanded(self, experts: int) -> tuple[int, int]:
         """Both projections of so many experts (0: all) in bfloat16 with their tails: gate_up, down."""
         count = min(experts or self.experts, self.experts)
@@ -117,6 +129,31 @@ class Sizes:
         """All else that a layer keeps."""
         heads = 4 * self.head_size * (self.heads + self.kv_heads) + 4 * self.heads
         return self.tokens * (3 * 2 * self.hidden + heads + 28 * self.top_k)
+
+
+class Parts(NamedTuple):
+    """Bytes on the GPU at the largest moment of a step.
+
+    weights: frozen, as they are on disk.
+    expanded: experts in bfloat16, for good or for the moment.
+    adapters: float32.
+    gradients: theirs, float32; of several processes with the copy that is exchanged.
+    optimizer: AdamW's two moments, float32.
+    kept: activations that wait for backward.
+    made: activations of the moment itself: a layer made again, its gradients.
+    loss: a chunk of logits.
+    libraries: cuBLAS workspaces and small tensors that PyTorch's allocator counts.
+    """
+
+    weights: int = 0
+    expanded: int = 0
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    kept: int = 0
+    made: int = 0
+    loss: int = 0
+    libraries: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,31 +195,62 @@ class Plan:
 
     @property
     def weights(self) -> int:
-        """Frozen weights on the GPU."""
+        """Frozen weights on the GPU, experts that are expanded for good among them."""
+        return self._as_stored + self._held
+
+    @property
+    def host(self) -> int:
+        """Host memory of the run."""
         s = self.sizes
-        return (
-            s.table * (1 if self.embedding_on_host else 2)
-            + s.layers * s.layer_rest
-            + (s.layers - self.host_layers) * s.expert_weights
-            + self.held_layers * (sum(s.expanded(0)) - s.expert_weights)
-        )
+        inputs = s.kept_input * self.recompute.count("layer") if self.inputs_on_host else 0
+        return _LOADING + self.embedding_on_host * s.table + self.host_layers * s.expert_weights + inputs
 
     @property
     def peak(self) -> int:
         """Largest memory of a training step."""
+        return sum(self.parts)
+
+    @property
+    def parts(self) -> Parts:
+        """What the peak is made of."""
         s = self.sizes
-        kept = [self._kept(kind) for kind in self.recompute]
         gradients = 4 * s.adapters
-        below, moments = sum(kept), []
+        kept = {kind: self._kept(kind) for kind in KINDS}
+        working = {(kind, held): self._working(kind, held) for kind in KINDS for held in (False, True)}
+        below = sum(kept[kind] for kind in self.recompute)
         logits = min(self.loss_chunk, s.tokens) * s.vocabulary * 2
-        moments.append(below + logits + 2 * s.kept_input + (gradients if s.accumulates else 0))
-        moments.append(self._evaluation())
+        moments = [
+            Parts(kept=below, made=2 * s.kept_input, loss=logits, gradients=gradients if s.accumulates else 0),
+            self._evaluation(),
+        ]
         for layer in reversed(range(s.layers)):
-            made = gradients if s.accumulates else gradients * (s.layers - layer) // s.layers
-            held = layer >= s.layers - self.held_layers
-            moments.append(below + self._working(self.recompute[layer], held) + made)
-            below -= kept[layer]
-        return self.weights + (16 if s.parallel else 12) * s.adapters + max(moments) + _LIBRARIES
+            kind = self.recompute[layer]
+            share = gradients if s.accumulates else gradients * (s.layers - layer) // s.layers
+            made, expanded = working[kind, layer >= s.layers - self.held_layers]
+            moments.append(Parts(kept=below, made=made, expanded=expanded, gradients=share))
+            below -= kept[kind]
+        largest = max(moments, key=sum)
+        return Parts(
+            weights=self._as_stored,
+            expanded=self._held + largest.expanded,
+            adapters=4 * s.adapters,
+            gradients=largest.gradients + (gradients if s.parallel else 0),
+            optimizer=8 * s.adapters,
+            kept=largest.kept,
+            made=largest.made,
+            loss=largest.loss,
+            libraries=_LIBRARIES,
+        )
+
+    @property
+    def _as_stored(self) -> int:
+        s = self.sizes
+        experts = (s.layers - self.host_layers - self.held_layers) * s.expert_weights
+        return s.table * (1 if self.embedding_on_host else 2) + s.layers * s.layer_rest + experts
+
+    @property
+    def _held(self) -> int:
+        return self.held_layers * sum(self.sizes.expanded(0))
 
     def _kept(self, kind: str) -> int:
         s = self.sizes
@@ -190,16 +258,18 @@ class Plan:
             return 0 if self.inputs_on_host else s.kept_input
         return s.kept_input + s.kept_rest + (s.kept_gate_up if kind == "none" else 0)
 
-    def _evaluation(self) -> int:
+    def _evaluation(self) -> Parts:
         """A layer's forward over held-out rows, of which nothing is kept."""
         s = self.sizes
-        rows = 2 * s.top_k * s.eval_tokens
-        experts = rows * (s.hidden + 2 * s.inner + 2 * s.tail) + s.expanded(self.experts_at_once)[0]
+        rows = 2 * s.top_k * s.eval_tokens * (s.hidden + 2 * s.inner + 2 * s.tail)
+        stream = 4 * 2 * s.hidden * s.eval_tokens
         heads = 4 * s.eval_tokens * s.head_size * (s.heads + s.kv_heads)
-        return max(experts, heads) + 4 * 2 * s.hidden * s.eval_tokens
+        experts = Parts(made=rows + stream, expanded=s.expanded(self.experts_at_once)[0])
+        return max(experts, Parts(made=heads + stream), key=sum)
 
-    def _working(self, kind: str, held: bool) -> int:
-        """Beside what is kept: a layer's own backward; `held` experts are expanded already."""
+    def _working(self, kind: str, held: bool) -> tuple[int, int]:
+        """Activations of a layer's own backward, beside what is kept, and experts expanded for it: none where they are
+        `held` expanded."""
         s = self.sizes
         again = {"none": 0, "experts": s.kept_gate_up, "layer": s.kept_rest + s.kept_gate_up}[kind]
         if kind == "layer" and self.inputs_on_host:
@@ -207,16 +277,16 @@ class Plan:
         if not s.fused:
             again += s.top_k * s.tokens * 16 * s.inner
         gate_up, down = (0, 0) if held else s.expanded(self.experts_at_once)
-        rows = s.top_k * s.tokens * 2
-        back = rows * s.inner
-        through_down = rows * (s.hidden + s.tail) + down + back
         if self.reuse_expanded and kind != "none":
-            through_down += gate_up
-        through_gate_up = gate_up + rows * s.hidden
-        if self.experts_at_once:  # products of a few experts are copied into the whole
-            through_down += back * self.experts_at_once // s.experts
-            through_gate_up += rows * s.hidden * self.experts_at_once // s.experts
-        return again + 2 * s.kept_input + max(through_down, through_gate_up)
+            down += gate_up
+        rows = s.top_k * s.tokens * 2
+        back, hidden = rows * s.inner, rows * s.hidden
+        # Products of a few experts are copied into the whole.
+        copied = self.experts_at_once
+        through_down = hidden + rows * s.tail + back + back * copied // s.experts
+        through_gate_up = hidden + hidden * copied // s.experts
+        made, expanded = max((through_down, down), (through_gate_up, gate_up), key=sum)
+        return again + 2 * s.kept_input + made, expanded
 
     def lines(self) -> list[str]:
         """What is said before the run."""
@@ -250,6 +320,56 @@ class Plan:
         return lines
 
 
+def sizes_of(
+    config: SftConfig,
+    model: dict[str, Any],
+    quantized: bool,
+    targets: tuple[list[str], list[int]],
+    length: int,
+    held_length: int,
+    *,
+    parallel: bool,
+    triton: bool,
+) -> Sizes:
+    """What the plan of a run depends on.
+
+    Args:
+        config: batch and adapters.
+        model: gpt-oss's config.json.
+        quantized: whether experts stay in MXFP4.
+        targets: adapted linear layers, and layers whose experts are adapted.
+        length: tokens of the longest row.
+        held_length: of the longest held-out row; 0: there is none.
+        parallel: whether several processes train.
+        triton: whether it is installed where the run is.
+    """
+    return Sizes.of(
+        model,
+        tokens=config.per_device_train_batch_size * length,
+        eval_tokens=config.per_device_eval_batch_size * held_length,
+        rank=config.lora_rank if targets[1] else 0,
+        adapters=adapter_parameters(model, config.lora_rank, *targets),
+        accumulates=config.gradient_accumulation_steps > 1,
+        parallel=parallel,
+        quantized=quantized,
+        fused=not (config.lora_dropout and targets[1]) and triton,
+    )
+
+
+def budget_of(config: SftConfig, free: int) -> int:
+    """Bytes that a run may plan for: `--memory_budget`, else 94 % of what is free.
+
+    The rest is lost between blocks of the allocator, or is the libraries' own.
+    """
+    return parse_bytes(config.memory_budget, "--memory_budget") if config.memory_budget else int(free * 0.94)
+
+
+def leanest(sizes: Sizes, checkpointing: str = "auto") -> Plan:
+    """The plan of least memory, whatever it costs."""
+    least = ("none" if checkpointing == "false" else "layer",) * sizes.layers
+    return min(_leaner(Plan(sizes, least, 0)), key=lambda plan: plan.peak)
+
+
 def make_plan(sizes: Sizes, budget: int, checkpointing: str = "auto") -> Plan:
     """The fastest plan that fits.
 
@@ -264,7 +384,7 @@ def make_plan(sizes: Sizes, budget: int, checkpointing: str = "auto") -> Plan:
     least = ("none" if checkpointing == "false" else "layer",) * sizes.layers
     plan = next((plan for plan in _leaner(Plan(sizes, least, budget)) if plan.peak <= budget), None)
     if plan is None:
-        raise OssiaError(_does_not_fit(sizes, budget, checkpointing, least))
+        raise OssiaError(_does_not_fit(sizes, budget, checkpointing))
     if sizes.fused and not plan.experts_at_once and plan.recompute.count("none") < sizes.layers:
         reusing = replace(plan, reuse_expanded=True)
         plan = reusing if reusing.peak <= budget else plan
@@ -322,11 +442,11 @@ def _leaner(plan: Plan) -> Iterable[Plan]:
             yield replace(plan, host_layers=layers)
 
 
-def _does_not_fit(sizes: Sizes, budget: int, checkpointing: str, least: tuple[str, ...]) -> str:
-    smallest = min(plan.peak for plan in _leaner(Plan(sizes, least, budget)))
+def _does_not_fit(sizes: Sizes, budget: int, checkpointing: str) -> str:
+    smallest = leanest(sizes, checkpointing).peak
     more = "" if checkpointing != "false" else ", or leave --gradient_checkpointing at auto"
     return (
         f"out of GPU memory before it starts: the leanest plan takes {smallest / GB:.1f} GB, {budget / GB:.1f} GB are "
         f"there (a batch has {sizes.tokens:,} tokens). Lower --per_device_train_batch_size or --max_length, or "
-        f"--lora_rank{more}"
+        f"--lora_rank{more}; ossia plan with the same flags says what would fit"
     )

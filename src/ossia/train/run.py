@@ -15,7 +15,7 @@ from ossia.adapters.files import base_model_of, check_adapter
 from ossia.adapters.targets import check_targets
 from ossia.compat import quiet_libraries
 from ossia.config import SftConfig
-from ossia.config.base import parse_bytes, parse_seconds
+from ossia.config.base import parse_seconds
 from ossia.console import say, tool, world_size
 from ossia.data.packing import PackedRows
 from ossia.data.prepare import prepare, split
@@ -35,7 +35,7 @@ from ossia.train.checkpoint import checkpoints
 from ossia.train.deterministic import before_cuda, deterministic
 from ossia.train.folder import new_run_folder, save_options
 from ossia.train.launch import launch, nodes_wanted, processes_wanted
-from ossia.train.plan import Plan, Sizes, adapter_parameters, make_plan
+from ossia.train.plan import PLANNED, Plan, budget_of, make_plan, sizes_of
 from ossia.train.resume import Start, check_facts, data_facts, find_start, resume_command, take_back
 from ossia.train.sharding import check_sharding, lay_out, sharding_arguments
 
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 
 BAD_BATCH = "bad_batch.jsonl"
-_PLANNED = ("auto", "flash")
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def _run(config: SftConfig, folder: Path, adapter: Path | None, began: float) ->
     targets = check_targets(folder, config.target_modules, config.target_experts)
     start = find_start(config)
     template = template_from(load_tokenizer(folder), config)
-    rows, held = _data(config, template)
+    rows, held = read_rows(config, template)
     if config.dry_run:
         say(config.to_yaml().rstrip())
         return None
@@ -129,7 +128,8 @@ def _check(config: SftConfig) -> None:
     check_names(config.report_to)
 
 
-def _data(config: SftConfig, template: Any) -> tuple[TokenRows, TokenRows | None]:
+def read_rows(config: SftConfig, template: Any) -> tuple[TokenRows, TokenRows | None]:
+    """Rows to train on and rows held out, tokenised; says what was found."""
     keep: dict[str, Any] = {"cache": config.load_from_cache_file, "processes": config.dataset_num_proc}
     ratio = 0 if config.val_dataset else config.split_dataset_ratio
     rows = prepare(config.dataset, template, config, "training data", for_split=ratio > 0, **keep)
@@ -194,34 +194,28 @@ def plan_for(
 
     from ossia.model.attention import supports_flash
 
-    if model.get("model_type") != "gpt_oss" or not supports_flash(device, dtype) or config.attn_impl not in _PLANNED:
+    if model.get("model_type") != "gpt_oss" or not supports_flash(device, dtype) or config.attn_impl not in PLANNED:
         if config.memory_budget:
             say("--memory_budget: no effect here; it plans gpt-oss with flash attention on a GPU from Ampere on")
         return None
-    sizes = Sizes.of(
+    sizes = sizes_of(
+        config,
         model,
-        tokens=config.per_device_train_batch_size * length,
-        eval_tokens=config.per_device_eval_batch_size * held_length,
-        rank=config.lora_rank if targets[1] else 0,
-        adapters=adapter_parameters(model, config.lora_rank, *targets),
-        accumulates=config.gradient_accumulation_steps > 1,
+        quantized,
+        targets,
+        length,
+        held_length,
         parallel=world_size() > 1,
-        quantized=quantized,
-        fused=not (config.lora_dropout and targets[1]) and HAS_TRITON,
+        triton=HAS_TRITON,
     )
     free = torch.cuda.mem_get_info(device)[0]
-    budget = parse_bytes(config.memory_budget, "--memory_budget") if config.memory_budget else _usable(free)
+    budget = budget_of(config, free)
     if budget > free:
         raise UsageError(f"--memory_budget {config.memory_budget}: this GPU has {free / 1e9:.1f} GB free")
     plan = make_plan(sizes, budget, config.gradient_checkpointing)
     for line in plan.lines():
         say(line)
     return plan
-
-
-def _usable(free: int) -> int:
-    """What a run may plan for: the rest is lost between blocks of the allocator, or is the libraries' own."""
-    return int(free * 0.94)
 
 
 def needs_autocast(dtype: torch.dtype, plan: Plan | None) -> bool:

@@ -1,0 +1,135 @@
+"""A run to be planned: its options, its model, the lengths of its rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ossia.adapters.targets import match_targets
+from ossia.config import PlanConfig
+from ossia.plan.base import Base
+from ossia.train.plan import Sizes, sizes_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What an epoch is made of.
+
+    Args:
+        count: batches of each process.
+        tokens: of all rows.
+        padded: with the padding of batches.
+        tokens_each: of a batch, padding included, on average.
+        length: of a row as a token sees it, on average.
+    """
+
+    count: int
+    tokens: int
+    padded: int
+    tokens_each: float
+    length: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run.
+
+    Args:
+        config: its options.
+        base: its model.
+        lengths: tokens of each row; None: no data, rows of --max_length are planned for.
+        held: of each held-out row.
+        processes: that train together.
+    """
+
+    config: PlanConfig
+    base: Base
+    lengths: NDArray[np.int32] | None = None
+    held: NDArray[np.int32] | None = None
+    processes: int = 1
+
+    def with_options(self, **options: Any) -> Job:
+        """The same with some options changed."""
+        return replace(self, config=replace(self.config, **options))
+
+    @cached_property
+    def targets(self) -> tuple[list[str], list[int]]:
+        """Adapted linear layers, and layers whose experts are adapted."""
+        config = self.config
+        return match_targets(self.base.linear, self.base.config, config.target_modules, config.target_experts)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether experts stay in MXFP4."""
+        return self.base.quantized and self.config.experts != "dequantized"
+
+    def sizes(self) -> Sizes:
+        """What a plan depends on."""
+        return sizes_of(
+            self.config,
+            self.base.config,
+            self.quantized,
+            self.targets,
+            self.longest,
+            int(self._within(self.held).max()) if self.held is not None else 0,
+            parallel=self.processes > 1,
+            triton=True,
+        )
+
+    def stored(self, *, quantized: bool) -> int:
+        """Bytes of the model on disk, experts in MXFP4 or in bfloat16."""
+        return replace(self.sizes(), quantized=quantized).frozen
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence of a batch."""
+        if self.config.packing:
+            return self.config.packing_length or self.config.max_length
+        return self.config.max_length if self.lengths is None else int(self._within(self.lengths).max())
+
+    @property
+    def left_out(self) -> int:
+        """Rows over --max_length: dropped or cut, as --truncation says."""
+        return 0 if self.lengths is None else int((self.lengths > self.config.max_length).sum())
+
+    @cached_property
+    def batches(self) -> Batches | None:
+        """Of an epoch; None without data."""
+        if self.lengths is None:
+            return None
+        import numpy as np
+
+        lengths = self._within(self.lengths).astype(np.int64)
+        tokens, length = int(lengths.sum()), float((lengths**2).sum() / lengths.sum())
+        size = self.config.per_device_train_batch_size
+        if self.config.packing:
+            from ossia.data.packing import fill
+
+            sequences = fill(lengths.tolist(), self.longest).packs
+            widths = np.full(sequences, self.longest)
+        else:
+            widths = np.random.default_rng(self.config.seed).permutation(lengths)
+        groups = [widths[at : at + size] for at in range(0, len(widths), size)]
+        padded = sum(int(group.max()) * len(group) for group in groups)
+        return Batches(math.ceil(len(groups) / self.processes), tokens, padded, padded / len(groups), length)
+
+    def optimizer_steps(self) -> tuple[int | None, int | None]:
+        """(of an epoch, of the run); None where only data tells."""
+        config, batches = self.config, self.batches
+        epoch = math.ceil(batches.count / config.gradient_accumulation_steps) if batches else None
+        if config.max_steps > 0:
+            return epoch, config.max_steps
+        return epoch, math.ceil(config.num_train_epochs * epoch) if epoch else None
+
+    def _within(self, lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Lengths as --max_length leaves them."""
+        limit = self.config.max_length
+        if self.config.truncation == "delete" and bool((lengths <= limit).any()):
+            return lengths[lengths <= limit]
+        return lengths.clip(max=limit)
