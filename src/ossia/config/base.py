@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import types
@@ -53,7 +54,7 @@ class Config:
             value = getattr(self, field.name)
             if field.metadata["secret"] and not isinstance(value, str | None):
                 raise UsageError(f"--{field.name} takes a text")
-            setattr(self, field.name, _convert(value, _hints(type(self))[field.name], field.name))
+            setattr(self, field.name, _convert(value, self._hints()[field.name], field.name))
             choices = field.metadata.get("choices")
             for item in _as_list(getattr(self, field.name)):
                 if choices and item not in choices:
@@ -80,6 +81,11 @@ class Config:
     def save(self, path: Path) -> None:
         """Write `to_yaml` to a file."""
         path.write_text(self.to_yaml(), encoding="utf-8")
+
+    @classmethod
+    @functools.cache
+    def _hints(cls) -> dict[str, Any]:
+        return typing.get_type_hints(cls)
 
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any], origin: str = "options") -> C:
@@ -163,7 +169,7 @@ def _parser(cls: type[Config], prog: str, description: str) -> argparse.Argument
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
     )
-    hints = _hints(cls)
+    hints = cls._hints()
     groups = {key: parser.add_argument_group(title) for key, title in cls.group_titles.items()}
     for field in dataclasses.fields(cls):
         kind = _kind(hints[field.name])
@@ -203,10 +209,6 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
         return ""
     text = " ".join(map(str, default)) if isinstance(default, list) else str(default)
     return f" (default: {text.lower() if isinstance(default, bool) else text})".replace("%", "%%")
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def _as_list(value: Any) -> list[Any]:

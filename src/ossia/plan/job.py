@@ -46,6 +46,7 @@ class Job:
         lengths: tokens of each row; None: no data, rows of --max_length are planned for.
         held: of each held-out row.
         processes: that train together.
+        margin: how many times as long as `lengths` say a row may be.
     """
 
     config: PlanConfig
@@ -53,6 +54,7 @@ class Job:
     lengths: NDArray[np.int32] | None = None
     held: NDArray[np.int32] | None = None
     processes: int = 1
+    margin: float = 1.0
 
     def with_options(self, **options: Any) -> Job:
         """The same with some options changed."""
@@ -77,7 +79,7 @@ class Job:
             self.quantized,
             self.targets,
             self.longest,
-            int(self._within(self.held).max()) if self.held is not None else 0,
+            self._longest(self.held) if self.held is not None else 0,
             parallel=self.processes > 1,
             triton=True,
         )
@@ -91,7 +93,12 @@ class Job:
         """Tokens of the longest sequence of a batch."""
         if self.config.packing:
             return self.config.packing_length or self.config.max_length
-        return self.config.max_length if self.lengths is None else int(self._within(self.lengths).max())
+        return self.config.max_length if self.lengths is None else self._longest(self.lengths)
+
+    @property
+    def length(self) -> float:
+        """Tokens of a row as a token sees it, on average."""
+        return self.batches.length if self.batches else self.config.max_length
 
     @property
     def left_out(self) -> int:
@@ -105,7 +112,7 @@ class Job:
             return None
         import numpy as np
 
-        lengths = self._within(self.lengths).astype(np.int64)
+        lengths = self._within(self.lengths, self.config.max_length).astype(np.int64)
         tokens, length = int(lengths.sum()), float((lengths**2).sum() / lengths.sum())
         size = self.config.per_device_train_batch_size
         if self.config.packing:
@@ -127,9 +134,12 @@ class Job:
             return epoch, config.max_steps
         return epoch, math.ceil(config.num_train_epochs * epoch) if epoch else None
 
-    def _within(self, lengths: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Lengths as --max_length leaves them."""
+    def _longest(self, lengths: NDArray[np.int32]) -> int:
         limit = self.config.max_length
+        return min(limit, math.ceil(self.margin * int(self._within(lengths, self.margin * limit).max())))
+
+    def _within(self, lengths: NDArray[np.int32], limit: float) -> NDArray[np.int32]:
+        """Lengths as a --max_length of `limit` leaves them."""
         if self.config.truncation == "delete" and bool((lengths <= limit).any()):
             return lengths[lengths <= limit]
         return lengths.clip(max=limit)

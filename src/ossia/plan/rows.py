@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -25,8 +27,12 @@ _PIECES = (
 dialogues, arithmetic and modern Chinese, 1.14 for code, 0.74 for classical Chinese."""
 
 
+MARGIN = 1.3
+"""How many times as long as its estimate a row may be: the longest ones were up to 1.27 times."""
+
+
 def planned_rows(config: PlanConfig, base: Base) -> tuple[TokenRows, TokenRows | None]:
-    """Rows to train on and rows held out.
+    """Rows to train on and rows held out; estimated ones up to `MARGIN` times --max_length, as some of them fit.
 
     Raises:
         UsageError: a data set on a hub, or a chat template without its tokenizer.
@@ -45,7 +51,8 @@ def planned_rows(config: PlanConfig, base: Base) -> tuple[TokenRows, TokenRows |
         raise UsageError(
             f"--template generic: the tokenizer of {base.name} is not on this machine; give --model FOLDER with it"
         )
-    return read_rows(config, template_from(_Estimate(), config))
+    longer = replace(config, max_length=math.ceil(MARGIN * config.max_length), packing_length=None)
+    return read_rows(longer, template_from(_Estimate(), config))
 
 
 class _Estimate:

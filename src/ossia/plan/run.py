@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def report(job: Job, where: list[Place]) -> dict[str, Any]:
         "accumulated": config.gradient_accumulation_steps,
         "processes": job.processes,
         "packing": config.packing,
-        "estimated_lengths": job.lengths is not None and not job.base.tokenizer,
+        "margin": job.margin,
         "rows": None if job.lengths is None else len(job.lengths),
         "tokens_per_epoch": batches.tokens if batches else None,
         "padded_tokens_per_epoch": batches.padded if batches else None,
@@ -115,18 +116,20 @@ def _job(config: PlanConfig, base: Base) -> Job:
     processes = int(os.environ.get("WORLD_SIZE", processes_wanted() * nodes_wanted()))
     if not config.dataset:
         return Job(config, base, processes=processes)
-    from ossia.plan.rows import planned_rows
+    from ossia.plan.rows import MARGIN, planned_rows
 
     rows, held = planned_rows(config, base)
-    return Job(config, base, rows.lengths, held.lengths if held else None, processes)
+    margin = 1.0 if base.tokenizer else MARGIN
+    return Job(config, base, rows.lengths, held.lengths if held else None, processes, margin)
 
 
 def _on(job: Job, place: Place) -> dict[str, Any]:
     plan = try_plan(job, place.free)
-    pace = _Pace(place)
     found = plan or leanest(job.sizes(), job.config.gradient_checkpointing)
-    speed = pace.rate(job, found) if plan else None
-    changes: list[Change] = what_is_faster(job, place.free, pace) if plan else what_fits(job, place.free)
+    speed = _rate(place, job, found) if plan else None
+    changes: list[Change] = (
+        what_is_faster(job, place.free, partial(_pace, place)) if plan else what_fits(job, place.free)
+    )
     return {
         "name": place.title,
         "free": place.free,
@@ -152,30 +155,24 @@ def _on(job: Job, place: Place) -> dict[str, Any]:
     }
 
 
-class _Pace:
-    """How fast runs are on a GPU."""
+def _rate(place: Place, job: Job, plan: Plan) -> Rate | None:
+    return rate(plan, job.base.config, place.gpu, job.length) if place.gpu else None
 
-    def __init__(self, place: Place) -> None:
-        self.gpu = place.gpu
 
-    def rate(self, job: Job, plan: Plan) -> Rate | None:
-        batches = job.batches
-        return rate(plan, job.base.config, self.gpu, batches.length if batches else job.longest) if self.gpu else None
-
-    def __call__(self, job: Job, plan: Plan) -> float | None:
-        """Seconds of an epoch; without data, of a token."""
-        found, batches = self.rate(job, plan), job.batches
-        if found is None:
-            return None
-        if batches is None:
-            return found.seconds(plan.sizes.tokens, job.longest) / plan.sizes.tokens
-        return batches.count * found.seconds(batches.tokens_each, batches.length)
+def _pace(place: Place, job: Job, plan: Plan) -> float | None:
+    """Seconds of an epoch; without data, of a token."""
+    found, batches = _rate(place, job, plan), job.batches
+    if found is None:
+        return None
+    if batches is None:
+        return found.seconds(plan.sizes.tokens, job.length) / plan.sizes.tokens
+    return batches.count * found.seconds(batches.tokens_each, job.length)
 
 
 def _speed(job: Job, found: Rate) -> dict[str, Any]:
     batches, source = job.batches, found.source
-    tokens, length = (batches.tokens_each, batches.length) if batches else (found.plan.sizes.tokens, job.longest)
-    seconds = found.seconds(tokens, length)
+    tokens = batches.tokens_each if batches else found.plan.sizes.tokens
+    seconds = found.seconds(tokens, job.length)
     epoch = batches.count * seconds if batches else None
     _, steps = job.optimizer_steps()
     real = batches.tokens / batches.padded if batches else 1.0

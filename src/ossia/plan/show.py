@@ -65,7 +65,10 @@ def _head(result: dict[str, Any]) -> list[str]:
     )
     lines.append(f"batch: {batch} tokens{times}")
     if result["rows"] is not None:
-        about = " (estimated by characters: no tokenizer here)" if result["estimated_lengths"] else ""
+        estimate = (
+            f" (estimated by characters, as no tokenizer is here; memory for rows {result['margin']} times as long)"
+        )
+        about = estimate if result["margin"] > 1 else ""
         padding = 1 - result["tokens_per_epoch"] / result["padded_tokens_per_epoch"]
         padded = f"; {padding:.0%} of the batches is padding" if padding > 0.005 else ""
         lines.append(f"data: {result['rows']:,} rows, {result['tokens_per_epoch']:,} tokens{about}{padded}")
@@ -90,6 +93,10 @@ def _in_full(result: dict[str, Any], gpus: list[dict[str, Any]]) -> Any:
     table.add_row("layers made again", *[f"{_again(gpu)} of {result['layers']}" for gpu in gpus])
     table.add_row("tokens/s", *[_speed(gpu) for gpu in gpus])
     table.add_row(*_times(result, gpus))
+    steps = result["optimizer_steps"]
+    if steps and steps != result["optimizer_steps_per_epoch"]:
+        times = [_time(gpu["speed"]["seconds"]) if gpu["speed"] else "?" for gpu in gpus]
+        table.add_row(f"all {steps:,} optimizer steps", *times)
     return table
 
 
