@@ -1,6 +1,7 @@
 """Tables of benchmarks/train/results, as Markdown; writes the README's, and the rates that `ossia plan` goes by.
 
 python benchmarks/train/table.py             prints every file's table
+python benchmarks/train/table.py --estimates prints what `ossia plan` would say of each case, had it only the others
 python benchmarks/train/table.py --write     puts the newest into README.md and README.zh.md, between their marks, and
                                              into src/ossia/plan/rates.json
 """
@@ -95,10 +96,30 @@ def _rate(result: dict[str, Any], where: dict[str, Any]) -> dict[str, Any] | Non
     }
 
 
+def estimates() -> list[str]:
+    """Each case's rate as measured, and as estimated from the others."""
+    from ossia.plan.rates import measured, rate
+
+    lines = ["| size | batch × tokens | layers made again | tokens/s | estimated | |", "|---|---|---|---|---|---|"]
+    for case in measured():
+        others = [other for other in measured() if other is not case]
+        found, tokens = rate(case.plan, case.model, case.gpu, case.length, others), case.plan.sizes.tokens
+        if found is not None:
+            guess = tokens / found.seconds(tokens, case.length)
+            about = f"{case.tokens_per_second:,} | {guess:,.0f} | {guess / case.tokens_per_second - 1:+.0%} |"
+            lines.append(f"| {case.size} | {case.case} | {case.plan.recompute.count('layer')} | {about}")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true")
-    if parser.parse_args().write:
+    parser.add_argument("--estimates", action="store_true")
+    args = parser.parse_args()
+    if args.estimates:
+        print("\n".join(estimates()))
+        return
+    if args.write:
         for readme in _HEADS:
             (ROOT / readme).write_text(written(readme), encoding="utf-8")
         RATES.write_text(rates(), encoding="utf-8")

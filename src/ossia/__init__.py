@@ -1,8 +1,8 @@
 """Ossia: LoRA fine-tuning for OpenAI's gpt-oss.
 
 The pipeline, folder by folder: `data` (rows) → `template` (tokens and loss weights) → `model` (MXFP4-resident
-gpt-oss) → `adapters` (LoRA on attention and experts) → `train` → `track` → `infer` → `serve` → `export`; `bench`
-measures. Each command's options are one class in `config`.
+gpt-oss) → `adapters` (LoRA on attention and experts) → `train` → `track` → `infer` → `serve` → `export`; `plan`
+foretells, `bench` measures. Each command's options are one class in `config`.
 """
 
 from __future__ import annotations

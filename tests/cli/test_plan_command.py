@@ -17,6 +17,7 @@ from tests import tiny
 from ossia.cli import main
 from ossia.config import PlanConfig, SftConfig
 from ossia.config.base import parse_bytes
+from ossia.model.sizes import SIZES
 from ossia.plan import here, rates
 from ossia.train import gpus
 from ossia.train.plan import Parts
@@ -173,6 +174,16 @@ def test_what_is_faster_fits_and_is_faster(plan):
         assert code == 0
         rate = [figures["gpus"][0]["speed"]["tokens_per_second"] for figures in (before, after)]
         assert rate[1] > rate[0]
+    # Where the host's part would show, nothing is promised.
+    short = ["--model", "gpt-oss-20b", "--max_length", 256, "--gpu", "H100", "--per_device_train_batch_size", 4]
+    _, figures, said = plan(*short)
+    assert figures["gpus"][0]["changes"] == []
+    assert "batches under 4,096 tokens were not measured" in said
+
+
+def test_forced_checkpointing_is_named_where_it_costs_time(plan):
+    command = ["--model", "openai/gpt-oss-120b", "--gradient_checkpointing", "false", "--gpu", "H100"]
+    assert plan(*command)[1]["gpus"][0]["changes"][0]["flags"] == "--gradient_checkpointing auto"
 
 
 def test_what_fits_nowhere_here_names_a_gpu_that_takes_it(plan):
@@ -286,9 +297,7 @@ def test_a_configuration_alone_is_planned_as_the_known_model(plan, tmp_path):
     mxfp4, plain = tmp_path / "mxfp4", tmp_path / "plain"
     for folder, more in ((mxfp4, {"quantization_config": {"quant_method": "mxfp4"}}), (plain, {})):
         folder.mkdir()
-        config = {**tiny.GPT_OSS_20B, "num_experts_per_tok": 4, "sliding_window": 128}
-        config["layer_types"] = ["sliding_attention", "full_attention"] * 12
-        tiny.dump(folder / "config.json", {**config, **more})
+        tiny.dump(folder / "config.json", {**SIZES["20b"], **more})
     known, same, dequantized = (plan("--model", name, *flags)[1] for name in ("openai/gpt-oss-20b", mxfp4, plain))
     assert {**known, "model": ""} == {**same, "model": ""}
     assert dequantized["disk"]["weights"] == known["disk"]["merged"]["bf16"] > 3 * known["disk"]["weights"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests import tiny
 
 from ossia.config import SftConfig
 from ossia.errors import UsageError
 from ossia.model import load
+from ossia.model.sizes import SIZES
 from ossia.train.run import needs_autocast, plan_for
 
 
@@ -50,7 +50,7 @@ def plan(device, monkeypatch, **options):
     """`plan_for` before a GPU that is not there."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (80_000_000_000, 85_000_000_000))
     config = SftConfig(per_device_train_batch_size=4, **options)
-    return plan_for(config, tiny.GPT_OSS_20B, True, TARGETS, 1024, 512, device, torch.bfloat16)
+    return plan_for(config, SIZES["20b"], True, TARGETS, 1024, 512, device, torch.bfloat16)
 
 
 def test_a_plan_says_what_it_does(gpu, monkeypatch, capsys):
@@ -78,7 +78,7 @@ def test_dropout_is_planned_without_fusion(gpu, monkeypatch):
 def test_other_models_and_devices_have_no_plan(gpu, capsys):
     config = SftConfig(memory_budget="16GB")
     llama = {"model_type": "llama"}
-    cases = ((tiny.GPT_OSS_20B, torch.device("cpu"), torch.float32), (llama, gpu(9, 0), torch.bfloat16))
+    cases = ((SIZES["20b"], torch.device("cpu"), torch.float32), (llama, gpu(9, 0), torch.bfloat16))
     for model, device, dtype in cases:
         assert plan_for(config, model, True, TARGETS, 8, 0, device, dtype) is None
     assert capsys.readouterr().out.count("--memory_budget: no effect here") == 2

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import tiny
+from transformers import GptOssConfig
 
 from ossia.adapters.inject import add_lora
 from ossia.config.base import parse_bytes
 from ossia.errors import OssiaError, UsageError
 from ossia.model.folder import read_json
 from ossia.model.load import load_model
+from ossia.model.sizes import SIZES
 from ossia.train.plan import KINDS, Plan, Sizes, adapter_parameters, make_plan
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "train" / "results"
@@ -26,10 +27,10 @@ LINEAR = [
 
 def sizes(tokens, rank=8, **more):
     return Sizes.of(
-        tiny.GPT_OSS_20B,
+        SIZES["20b"],
         tokens=tokens,
         rank=rank,
-        adapters=adapter_parameters(tiny.GPT_OSS_20B, rank, LINEAR, range(24)),
+        adapters=adapter_parameters(SIZES["20b"], rank, LINEAR, range(24)),
         **more,
     )
 
@@ -62,6 +63,58 @@ def test_20b_has_its_known_size():
     assert plan.weights == pytest.approx(13.76e9, rel=0.003)
     assert plan.sizes.adapters == 92_454_912
     assert replace(plan, embedding_on_host=True).weights == plan.weights - 2 * 201088 * 2880
+
+
+def test_known_sizes_are_those_of_transformers():
+    assert GptOssConfig(**SIZES["120b"]).to_dict() == GptOssConfig().to_dict()
+    assert SIZES["20b"]["layer_types"] == ["sliding_attention", "full_attention"] * 12
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    tokens=st.integers(1, 200_000),
+    rank=st.sampled_from([1, 8, 64]),
+    more=st.fixed_dictionaries(
+        {
+            "accumulates": st.booleans(),
+            "parallel": st.booleans(),
+            "quantized": st.booleans(),
+            "fused": st.booleans(),
+            "eval_tokens": st.integers(0, 400_000),
+        }
+    ),
+    choices=st.fixed_dictionaries(
+        {
+            "recompute": st.lists(st.sampled_from(KINDS), min_size=24, max_size=24).map(tuple),
+            "experts_at_once": st.sampled_from([0, 4, 16]),
+            "reuse_expanded": st.booleans(),
+            "loss_chunk": st.sampled_from([256, 1024]),
+            "embedding_on_host": st.booleans(),
+            "inputs_on_host": st.booleans(),
+            "host_layers": st.integers(0, 12),
+            "held_layers": st.integers(0, 12),
+        }
+    ),
+)
+def test_parts_add_up_to_the_peak(tokens, rank, more, choices):
+    made = sizes(tokens, rank, **more)
+    plan = Plan(made, budget=0, **choices)
+    parts = plan.parts
+    assert sum(parts) == plan.peak
+    assert min(parts) >= 0
+    assert (parts.adapters, parts.optimizer) == (4 * made.adapters, 8 * made.adapters)
+    held = plan.held_layers * sum(made.expanded(0))
+    assert parts.weights + held == plan.weights
+    assert held <= parts.expanded <= held + 2 * sum(made.expanded(0))
+    # What is not on the GPU is on the host.
+    alone = replace(plan, held_layers=0, inputs_on_host=False)
+    assert alone.weights + alone.host - replace(alone, embedding_on_host=False, host_layers=0).host == made.frozen
+    # No moment is larger: not the loss, with everything kept, nor the first layer's backward, with all gradients.
+    fixed = parts.weights + parts.adapters + parts.optimizer + parts.libraries + held
+    gradients = 4 * made.adapters
+    inputs = 0 if plan.inputs_on_host else made.kept_input
+    assert plan.peak >= fixed + 2 * made.vocabulary * min(tokens, plan.loss_chunk) + gradients * made.accumulates
+    assert plan.peak >= fixed + gradients * (1 + made.parallel) + inputs * (plan.recompute[0] == "layer")
 
 
 def test_weights_and_adapters_of_a_real_model(tiny_gpt_oss):

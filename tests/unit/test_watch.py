@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.tiny import GPT_OSS_20B
 
 from ossia.config import SftConfig
+from ossia.model.sizes import SIZES
 from ossia.track import RunInfo
 from ossia.track.files import note
 from ossia.track.jsonl import JsonlTracker
 from ossia.track.report import ReportTracker, write_report
 from ossia.track.series import MetricsReader, points, thin
 from ossia.train.panel import PanelCallback, sparkline
-from ossia.train.rate import flops_per_token, peak_flops
+from ossia.train.rate import flops_again, flops_per_token, peak_flops
 
 
 def write(path: Path, rows: list[dict], mode: str = "w") -> None:
@@ -220,10 +220,12 @@ def test_the_panel_shows_the_run():
 
 
 def test_work_of_a_token_is_that_of_the_true_size():
-    model = {**GPT_OSS_20B, "num_experts_per_tok": 4, "sliding_window": 128}
-    model["layer_types"] = ["sliding_attention", "full_attention"] * 12
+    model = SIZES["20b"]
     # 7.2 GFLOP forward, as much backward, 1.3 of attention at 4,096 tokens.
     assert flops_per_token(model, 4096) == pytest.approx(15.7e9, rel=0.01)
+    # All layers again: 6.1 forward without the head, 0.4 of attention.
+    assert flops_again(model, 4096, ["layer"] * 24) == pytest.approx(6.5e9, rel=0.01)
+    assert flops_again(model, 4096, ["none"] * 24) == 0
     assert flops_per_token({"model_type": "llama"}, 10) is None
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12

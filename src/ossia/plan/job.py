@@ -96,6 +96,12 @@ class Job:
         return self.config.max_length if self.lengths is None else self._longest(self.lengths)
 
     @property
+    def tokens(self) -> float:
+        """Of a batch, padding included, on average."""
+        rows = self.config.per_device_train_batch_size
+        return self.batches.tokens_each if self.batches else rows * self.longest
+
+    @property
     def length(self) -> float:
         """Tokens of a row as a token sees it, on average."""
         return self.batches.length if self.batches else self.config.max_length

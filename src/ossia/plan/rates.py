@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -87,7 +88,9 @@ class Rate:
         return work / (self.source.share * self.gpu.flops) + _moving(self.plan, self.gpu)
 
 
-def rate(plan: Plan, model: dict[str, Any], gpu: Gpu, length: float) -> Rate | None:
+def rate(
+    plan: Plan, model: dict[str, Any], gpu: Gpu, length: float, cases: Sequence[Measured] | None = None
+) -> Rate | None:
     """How fast a plan will be; None for a GPU that isn't known, and for steps whose like was never measured.
 
     Args:
@@ -95,8 +98,9 @@ def rate(plan: Plan, model: dict[str, Any], gpu: Gpu, length: float) -> Rate | N
         model: gpt-oss's config.json.
         gpu: where it trains.
         length: tokens of a row, on average.
+        cases: what to go by; None: every case that comes with Ossia.
     """
-    known = [case for case in measured() if _slow(case.plan) == _slow(plan)]
+    known = [case for case in (measured() if cases is None else cases) if _slow(case.plan) == _slow(plan)]
     if not known or not gpu.tflops or not plan.sizes.fused:
         return None
     source = min(known, key=lambda case: _distance(case, plan, length))
@@ -108,6 +112,12 @@ def rate(plan: Plan, model: dict[str, Any], gpu: Gpu, length: float) -> Rate | N
 def measured() -> list[Measured]:
     """Every case that comes with Ossia."""
     return [_case(entry) for entry in json.loads(RATES.read_text(encoding="utf-8"))]
+
+
+def least_tokens() -> int:
+    """Tokens of the smallest batch that was measured at full speed. What the host costs each batch, which smaller ones
+    would show, is not known."""
+    return min((case.plan.sizes.tokens for case in measured() if not _slow(case.plan)), default=0)
 
 
 def _case(entry: dict[str, Any]) -> Measured:
@@ -126,8 +136,8 @@ def _work(plan: Plan, model: dict[str, Any], length: float) -> float:
 
 
 def _moving(plan: Plan, gpu: Gpu) -> float:
-    """Seconds of a batch that its tokens do not change: experts expanded (written, and read again), and read from host
-    memory."""
+    """Seconds of a batch that its tokens do not change: experts expanded (read, written, read again), those that stay
+    expanded (read twice), and what is read from host memory."""
     s = plan.sizes
     gate_up, down = s.expanded(0)
     again = {"none": 0, "experts": gate_up, "layer": gate_up + down}
@@ -137,7 +147,8 @@ def _moving(plan: Plan, gpu: Gpu) -> float:
     )
     stored = s.expert_weights * written / (gate_up + down)
     crossing = sum(3 if kind == "layer" else 2 for kind in plan.recompute[: plan.host_layers]) * s.expert_weights
-    return (2 * written + stored) / (gpu.bandwidth * 1e9) + crossing / _BUS
+    held = plan.held_layers * 2 * (gate_up + down)
+    return (2 * written + stored + held) / (gpu.bandwidth * 1e9) + crossing / _BUS
 
 
 def _slow(plan: Plan) -> bool:
@@ -146,7 +157,10 @@ def _slow(plan: Plan) -> bool:
 
 
 def _distance(case: Measured, plan: Plan, length: float) -> float:
-    """How unlike a case is: rows of each expert's products, length, how much is made again."""
-    rows = [p.sizes.tokens * p.sizes.top_k / p.sizes.experts for p in (case.plan, plan)]
+    """How unlike a case is: rows of each expert's products, length, how much is made again.
+
+    From 512 rows to 2,048 the share of an H100's peak rose from 0.49 to 0.50; more than that are taken to be alike.
+    """
+    rows = [min(p.sizes.tokens * p.sizes.top_k / p.sizes.experts, 2048) for p in (case.plan, plan)]
     again = [p.recompute.count("layer") / p.sizes.layers for p in (case.plan, plan)]
     return abs(math.log(rows[0] / rows[1])) + abs(math.log(case.length / length)) / 4 + 2 * abs(again[0] - again[1])

@@ -18,7 +18,7 @@ from ossia.plan.advice import Change, try_plan, what_fits, what_is_faster
 from ossia.plan.base import Base, find_base
 from ossia.plan.here import Place, common, places, present
 from ossia.plan.job import Job
-from ossia.plan.rates import Rate, rate
+from ossia.plan.rates import Rate, least_tokens, rate
 from ossia.plan.show import show
 from ossia.train.gpus import AMPERE, GPUS
 from ossia.train.launch import nodes_wanted, processes_wanted
@@ -74,6 +74,8 @@ def report(job: Job, where: list[Place]) -> dict[str, Any]:
         "accumulated": config.gradient_accumulation_steps,
         "processes": job.processes,
         "packing": config.packing,
+        "least_tokens_measured": least_tokens(),
+        "batch_tokens": job.tokens,
         "margin": job.margin,
         "rows": None if job.lengths is None else len(job.lengths),
         "tokens_per_epoch": batches.tokens if batches else None,
@@ -165,19 +167,18 @@ def _pace(place: Place, job: Job, plan: Plan) -> float | None:
     if found is None:
         return None
     if batches is None:
-        return found.seconds(plan.sizes.tokens, job.length) / plan.sizes.tokens
-    return batches.count * found.seconds(batches.tokens_each, job.length)
+        return found.seconds(job.tokens, job.length) / job.tokens
+    return batches.count * found.seconds(job.tokens, job.length)
 
 
 def _speed(job: Job, found: Rate) -> dict[str, Any]:
     batches, source = job.batches, found.source
-    tokens = batches.tokens_each if batches else found.plan.sizes.tokens
-    seconds = found.seconds(tokens, job.length)
+    seconds = found.seconds(job.tokens, job.length)
     epoch = batches.count * seconds if batches else None
     _, steps = job.optimizer_steps()
     real = batches.tokens / batches.padded if batches else 1.0
     return {
-        "tokens_per_second": round(job.processes * tokens * real / seconds),
+        "tokens_per_second": round(job.processes * job.tokens * real / seconds),
         "seconds_per_optimizer_step": seconds * job.config.gradient_accumulation_steps,
         "seconds_per_epoch": epoch,
         "seconds": steps * job.config.gradient_accumulation_steps * seconds if steps else None,

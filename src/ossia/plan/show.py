@@ -18,7 +18,7 @@ _PARTS = {
     "loss": "loss: a chunk of logits",
     "libraries": "libraries",
 }
-_COLUMNS = 4  # GPUs side by side
+_NAMES = 2 + max(map(len, _PARTS.values()))  # width of the names' column
 _CHANGES = 5
 
 
@@ -32,8 +32,9 @@ def show(result: dict[str, Any]) -> None:
         console.print("No GPU here; --gpu NAME shows one in full.", style="dim")
         console.print(_overview(result))
     else:
-        for at in range(0, len(result["gpus"]), _COLUMNS):
-            console.print(_in_full(result, result["gpus"][at : at + _COLUMNS]))
+        beside = max(1, (console.width - _NAMES) // (2 + max(len(gpu["name"]) for gpu in result["gpus"])))
+        for at in range(0, len(result["gpus"]), beside):
+            console.print(_in_full(result, result["gpus"][at : at + beside]))
             console.print()
     for line in _rates(result):
         console.print(line, style="dim", soft_wrap=True)
@@ -150,6 +151,8 @@ def _rates(result: dict[str, Any]) -> list[str]:
             lines.append(f"{said} {where}")
     if any(not gpu["speed"]["measured"] and not gpu["grouped"] for gpu in gpus):
         lines.append("expect less below compute capability 9.0, where torch multiplies experts one by one")
+    if gpus and result["batch_tokens"] < result["least_tokens_measured"]:
+        lines.append(f"expect less: batches under {result['least_tokens_measured']:,} tokens were not measured")
     lines += dict.fromkeys(f"?: {gpu['no_speed']}" for gpu in result["gpus"] if gpu["no_speed"])
     if any(_slow(gpu) for gpu in gpus):
         lines.append("with few experts at a time or experts in host memory, rates were seen to vary twofold")
