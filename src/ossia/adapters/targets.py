@@ -58,8 +58,7 @@ def find_targets(model: nn.Module, target_modules: list[str], target_experts: st
     experts = {_layer(name): name for name, module in model.named_modules() if isinstance(module, Experts)}
     layers = _expert_layers(sorted(experts), target_experts)
     targets = Targets(_linear_targets(linear, target_modules), layers, bool(layers) and len(layers) == len(experts))
-    if not targets.linear and not targets.layers:
-        raise UsageError("nothing to train: --target_modules and --target_experts are both none")
+    _refuse_nothing(targets.linear, targets.layers)
     return targets
 
 
@@ -88,7 +87,10 @@ def match_targets(
     layers = range(config["num_hidden_layers"]) if config.get("model_type") == "gpt_oss" else ()
     endings = _linear_targets(names, target_modules) if names else []
     linear = [name for name in names if any(name == end or name.endswith(f".{end}") for end in endings)]
-    return linear, _expert_layers(list(layers), target_experts)
+    adapted = _expert_layers(list(layers), target_experts)
+    if names:
+        _refuse_nothing(linear, adapted)
+    return linear, adapted
 
 
 def named_targets(settings: LoraSettings, folder: Path) -> tuple[list[str], str]:
@@ -109,6 +111,11 @@ def named_targets(settings: LoraSettings, folder: Path) -> tuple[list[str], str]
             raise OssiaError(f"{folder}: this adapter has only {min(hit)} of the experts; both projections are needed")
     experts = "all" if "all" in layers else ",".join(sorted(layers, key=int)) or "none"
     return settings.target_modules or ["none"], experts
+
+
+def _refuse_nothing(linear: list[str], layers: list[int]) -> None:
+    if not linear and not layers:
+        raise UsageError("nothing to train: --target_modules and --target_experts are both none")
 
 
 def _linear_targets(names: Iterable[str], wanted: list[str]) -> list[str]:

@@ -83,7 +83,7 @@ def report(job: Job, where: list[Place]) -> dict[str, Any]:
         "epochs": config.num_train_epochs,
         "optimizer_steps_per_epoch": epoch,
         "optimizer_steps": steps,
-        "disk": _disk(job, steps),
+        "disk": _disk(job, epoch, steps),
         "gpus": [_on(job, place) for place in where],
     }
 
@@ -214,11 +214,11 @@ def _larger(job: Job, free: int) -> str | None:
     return next((gpu.title for gpu in known if try_plan(job, gpu.free)), None)
 
 
-def _disk(job: Job, steps: int | None) -> dict[str, Any]:
+def _disk(job: Job, epoch: int | None, steps: int | None) -> dict[str, Any]:
     config, sizes = job.config, job.sizes()
     stored = {kind: job.stored(quantized=kind) for kind in (True, False)}
     checkpoint = 12 * sizes.adapters + _TOKENIZER
-    saved = _saved(config, steps)
+    saved = _saved(config, epoch, steps)
     batches = job.batches
     needed = {
         "weights": 0 if job.base.weights else stored[job.base.quantized],
@@ -238,14 +238,12 @@ def _disk(job: Job, steps: int | None) -> dict[str, Any]:
     }
 
 
-def _saved(config: PlanConfig, steps: int | None) -> int | None:
+def _saved(config: PlanConfig, epoch: int | None, steps: int | None) -> int | None:
     """Checkpoints on the disk at a time, the one being written among them; None where only data tells."""
     if config.save_strategy == "no":
         return 0
-    if config.save_strategy == "epoch":
-        made: int | None = math.ceil(config.num_train_epochs)
-    else:
-        made = math.ceil(steps / config.save_steps) if steps else None
+    between = epoch if config.save_strategy == "epoch" else config.save_steps
+    made = math.ceil(steps / between) if steps and between else None
     if config.save_total_limit is None:
         return made
     # The best stays beside the newest ones, and a new one is written before an old one goes.
