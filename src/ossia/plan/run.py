@@ -59,14 +59,14 @@ def run(config: PlanConfig) -> dict[str, Any]:
 
 def report(job: Job, where: list[Place]) -> dict[str, Any]:
     """What is known of a run on each of these GPUs, as plain values; bytes and seconds."""
-    config, batches, linear_and_layers = job.config, job.batches, job.targets
+    config, batches, sizes = job.config, job.batches, job.sizes()
+    linear, expert_layers = job.targets
     epoch, steps = job.optimizer_steps()
-    sizes = job.sizes()
     return {
         "model": job.base.name,
         "lora_rank": config.lora_rank,
-        "linear_layers": len(linear_and_layers[0]),
-        "expert_layers": len(linear_and_layers[1]),
+        "linear_layers": len(linear),
+        "expert_layers": len(expert_layers),
         "layers": sizes.layers,
         "trained_parameters": sizes.adapters,
         "batch": config.per_device_train_batch_size,
