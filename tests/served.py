@@ -76,7 +76,7 @@ class ScriptedEngine:
             token = Token(id) if top is None else Token(id, -0.5, tuple((id, -0.5 - n) for n in range(top)))
             request.tokens.append(token)
             came.append((request, token))
-            if id in self.template.stop_ids:
+            if id in self.template.stop_ids and not request.sampling.ignore_eos:
                 request.finish_reason = "stop"
             elif len(request.tokens) >= request.sampling.max_new_tokens or not request.left:
                 request.finish_reason = "length"

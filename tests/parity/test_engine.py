@@ -220,6 +220,22 @@ def test_a_mask_says_what_may_come(tiny_gpt_oss, template, prompts, base_says):
         assert (len(request.ids), request.ids[-1], request.finish_reason) == (5, template.stop_ids[0], "stop")
 
 
+def test_with_ignore_eos_no_token_ends_an_answer(tiny_gpt_oss, template, prompts):
+    engine = Engine(load_model(tiny_gpt_oss, device="cpu"), template)
+    end = template.stop_ids[0]
+
+    def only_the_end(ids):
+        return torch.arange(engine.model.config.vocab_size) == end
+
+    requests = [
+        engine.submit(prompts[0], Sampling(max_new_tokens=4, ignore_eos=ignore), allowed=only_the_end)
+        for ignore in (False, True)
+    ]
+    while engine.busy:
+        engine.step()
+    assert [(request.ids, request.finish_reason) for request in requests] == [([end], "stop"), ([end] * 4, "length")]
+
+
 def test_lengths_are_bounded(tiny_gpt_oss, template, prompts):
     engine = Engine(load_model(tiny_gpt_oss, device="cpu"), template, max_batch_size=2, max_length=40)
     assert engine.max_length == 40

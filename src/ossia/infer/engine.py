@@ -205,7 +205,7 @@ class Engine:
         for place, (request, token) in zip(places, came, strict=True):
             request.tokens.append(token)
             count = len(request.tokens)
-            if token.id in self.template.stop_ids:
+            if token.id in self.template.stop_ids and not request.sampling.ignore_eos:
                 request.finish_reason = "stop"
             elif count >= request.sampling.max_new_tokens or len(request.prompt) + count >= self.max_length:
                 request.finish_reason = "length"
