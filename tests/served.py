@@ -57,13 +57,14 @@ class ScriptedEngine:
     def busy(self):
         return bool(self.waiting or self.active)
 
-    def step(self):
+    def step(self, meanwhile=lambda: None):
         from ossia.infer.engine import Token
 
         while self.waiting and len(self.active) < self.max_batch_size:
             self.active.append(self.waiting.pop(0))
         if any(request.slow for request in self.active):
             time.sleep(0.02)
+        meanwhile()
         if any(request.fails for request in self.active):
             raise RuntimeError("told to fail")
         came = []
