@@ -34,19 +34,13 @@ def _grid(rows: int, experts: int, tile: dict[str, int]) -> tuple[int]:
 
 
 @triton.jit
-def _block_of(offsets, number, E: tl.constexpr, E2: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr = False):
-    """The expert of a block of rows, its first row and its expert's end; an expert of E or more means no such block.
-
-    TURNS: experts take turns, so that blocks that run side by side read the same tokens' rows.
-    """
+def _block_of(offsets, number, E: tl.constexpr, E2: tl.constexpr, ROWS: tl.constexpr):
+    """The expert of a block of rows, its first row and its expert's end; an expert of E or more means no such block."""
     e = tl.arange(0, E2)
     end = tl.load(offsets + e, mask=e < E, other=0)
     start = tl.load(offsets + e - 1, mask=(e > 0) & (e < E), other=0)
     blocks = tl.where(e < E, (end - start + ROWS - 1) // ROWS, 0)
     last = tl.cumsum(blocks, 0)
-    if TURNS:
-        turns = (tl.sum(blocks, 0) + E - 1) // E
-        number = tl.where(number // E < turns, number % E * turns + number // E, turns * E)
     expert = tl.sum((last <= number).to(tl.int32), 0)
     mine = e == expert
     first = tl.sum(tl.where(mine, start + (number - last + blocks) * ROWS, 0), 0)
@@ -133,7 +127,7 @@ def _gather_kernel(
     I: tl.constexpr, K: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
     R2: tl.constexpr, DOTS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    expert, first, end = _block_of(offsets, tl.program_id(0), E, E2, ROWS, TURNS=True)
+    expert, first, end = _block_of(offsets, tl.program_id(0), E, E2, ROWS)
     if expert >= E:
         return
     rows = (first + tl.arange(0, ROWS)).to(tl.int64)
@@ -188,7 +182,7 @@ def gather(
     out = x_TI.new_empty(count, inputs + tail)
     thin = x_TI.new_empty(count, tail)
     dots = x_TI.new_empty(0 if vector_EI is None else count, dtype=torch.float32)
-    _gather_kernel[(ceil_div(count, _GATHER["ROWS"]) + 2 * experts,)](
+    _gather_kernel[_grid(count, experts, _GATHER)](
         x_TI, order_S, offsets_E, x_TI if matrix_EIr is None else matrix_EIr,
         *((0, 0, 0) if matrix_EIr is None else matrix_EIr.stride()), x_TI if vector_EI is None else vector_EI,
         out, thin, dots, scale, out.stride(0),
