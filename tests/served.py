@@ -57,13 +57,14 @@ class ScriptedEngine:
     def busy(self):
         return bool(self.waiting or self.active)
 
-    def step(self):
+    def step(self, meanwhile=lambda: None):
         from ossia.infer.engine import Token
 
         while self.waiting and len(self.active) < self.max_batch_size:
             self.active.append(self.waiting.pop(0))
         if any(request.slow for request in self.active):
             time.sleep(0.02)
+        meanwhile()
         if any(request.fails for request in self.active):
             raise RuntimeError("told to fail")
         came = []
@@ -76,7 +77,7 @@ class ScriptedEngine:
             token = Token(id) if top is None else Token(id, -0.5, tuple((id, -0.5 - n) for n in range(top)))
             request.tokens.append(token)
             came.append((request, token))
-            if id in self.template.stop_ids:
+            if id in self.template.stop_ids and not request.sampling.ignore_eos:
                 request.finish_reason = "stop"
             elif len(request.tokens) >= request.sampling.max_new_tokens or not request.left:
                 request.finish_reason = "length"

@@ -19,11 +19,10 @@ from typing import Any
 import hypothesis
 import schemathesis
 import torch
+from benchmarks.serve.load import finish
 from schemathesis.generation import GenerationMode
 from tests import tiny
 from tests.served import Server, scripted
-
-from ossia.bench.run import measured_on
 
 GOOD = {
     "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": "hi"}], "logprobs": True},
@@ -78,11 +77,7 @@ def main() -> None:
         with scripted(model) as server:
             found = fuzz(server, args.cases)
             assert server.process.poll() is None
-    found = {"environment": measured_on(torch.device("cpu")), "seconds": round(time.monotonic() - started, 1), **found}
-    text = json.dumps(found, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    finish(args.out, torch.device("cpu"), {"seconds": round(time.monotonic() - started, 1), **found})
 
 
 if __name__ == "__main__":

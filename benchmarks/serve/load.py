@@ -16,6 +16,7 @@ import statistics
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,46 +38,51 @@ def prompts(count: int) -> list[str]:
 class Client:
     """One connection that is kept open, as clients do."""
 
-    def __init__(self, server: Server, max_tokens: int) -> None:
-        self.address = server.url.removeprefix("http://")
-        self.max_tokens = max_tokens
-        self.connection = http.client.HTTPConnection(self.address, timeout=600)
+    def __init__(self, server: Server) -> None:
+        self.connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=600)
 
-    def ask(self, text: str, stream: bool, leave: bool = False) -> tuple[str, Any]:
-        """(what was said, when its first token came or None). `leave`: hang up after the first event."""
-        messages = [{"role": "user", "content": text}]
-        body = {"messages": messages, "temperature": 0, "max_tokens": self.max_tokens, "stream": stream}
+    def post(self, body: dict[str, Any]) -> http.client.HTTPResponse:
+        """The answer to a chat, unread; RuntimeError unless it is a 200."""
         self.connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         answer = self.connection.getresponse()
         if answer.status != 200:
             raise RuntimeError(f"{answer.status}: {answer.read().decode()[:300]}")
-        if not stream:
-            message = json.loads(answer.read())["choices"][0]["message"]
-            return (message.get("reasoning_content") or "") + (message["content"] or ""), None
-        said, first, ended = "", None, False
-        for line in answer:
-            data = line.decode().strip().removeprefix("data: ")
-            if leave and data:
-                self.connection.close()
-                return "", None
-            if data == "[DONE]":
+        return answer
+
+    def whole(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer as one object."""
+        return json.loads(self.post(body).read())
+
+    def chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The chunks of a streamed answer; RuntimeError where it ends before it is said to."""
+        ended = False
+        for line in self.post({**body, "stream": True}):
+            data = line.strip().removeprefix(b"data: ")
+            if data == b"[DONE]":
                 ended = True
             elif data:
-                delta = json.loads(data)["choices"][0]["delta"]
-                more = delta.get("content") or delta.get("reasoning_content") or ""
-                first = first or (time.monotonic() if more else None)
-                said += more
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    raise RuntimeError(chunk["error"]["message"])
+                yield chunk
         if not ended:
             raise RuntimeError("the stream ended without [DONE]")
-        return said, first
+
+
+def text_of(said: dict[str, Any]) -> str:
+    """What a message, or a chunk's delta, says."""
+    return (said.get("reasoning_content") or "") + (said.get("content") or "")
 
 
 def load(server: Server, clients: int, requests: int, max_tokens: int, distinct: int) -> dict[str, Any]:
     """Figures of one run; `lost` and `mixed_up` must be 0."""
     process = psutil.Process(server.process.pid)
-    texts = prompts(distinct)
-    alone = Client(server, max_tokens)
-    expected = [alone.ask(text, stream=False)[0] for text in texts]
+    bodies = [
+        {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": max_tokens}
+        for text in prompts(distinct)
+    ]
+    alone = Client(server)
+    expected = [text_of(alone.whole(body)["choices"][0]["message"]) for body in bodies]
     work = iter([(n, random.Random(n).randrange(distinct)) for n in range(requests)])
     lock = threading.Lock()
     seconds: list[float] = []
@@ -86,7 +92,7 @@ def load(server: Server, clients: int, requests: int, max_tokens: int, distinct:
     examples: list[str] = []
 
     def run() -> None:
-        client = Client(server, max_tokens)
+        client = Client(server)
         while True:
             with lock:
                 job = next(work, None)
@@ -95,15 +101,23 @@ def load(server: Server, clients: int, requests: int, max_tokens: int, distinct:
             number, which = job
             try:
                 if number % 50 == 7:
-                    client.ask(texts[which], stream=True, leave=True)
+                    next(client.chunks(bodies[which]))
+                    client.connection.close()
                     seen["hung_up"] += 1
                 started = time.monotonic()
-                said, first = client.ask(texts[which], stream=bool(number % 2))
+                said, first = "", None
+                if number % 2:
+                    for chunk in client.chunks(bodies[which]):
+                        more = text_of(chunk["choices"][0]["delta"])
+                        first = first or (time.monotonic() if more else None)
+                        said += more
+                else:
+                    said = text_of(client.whole(bodies[which])["choices"][0]["message"])
             except (OSError, http.client.HTTPException, RuntimeError, ValueError, KeyError) as error:
                 with lock:
                     seen["lost"] += 1
                     examples.append(repr(error)[:300])
-                client = Client(server, max_tokens)
+                client = Client(server)
                 continue
             with lock:
                 seconds.append(time.monotonic() - started)
@@ -112,7 +126,7 @@ def load(server: Server, clients: int, requests: int, max_tokens: int, distinct:
                 seen["answered"] += 1
                 if said != expected[which]:
                     seen["mixed_up"] += 1
-                    examples.append(f"{texts[which]}: {said!r}, alone {expected[which]!r}")
+                    examples.append(f"{bodies[which]}: {said!r}, alone {expected[which]!r}")
                 if len(seconds) % max(requests // 20, 1) == 0:
                     memory.append(process.memory_info().rss)
 
@@ -149,6 +163,14 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 3), "p95": round(marks[94], 3), "max": round(max(values), 3)}
 
 
+def finish(out: Path | None, device: torch.device, found: dict[str, Any]) -> None:
+    """Print what was found, and write it with where it was measured."""
+    text = json.dumps({"environment": measured_on(device), **found}, indent=1)
+    print(text, flush=True)
+    if out:
+        out.write_text(text + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
@@ -163,11 +185,7 @@ def main() -> None:
     flags = ("--max_batch_size", args.max_batch_size, "--max_queue", args.clients)
     with serving("-m", "ossia", "serve", "--model", model, "--port", 0, *flags) as server:
         figures = load(server, args.clients, args.requests, args.max_tokens, args.distinct)
-    found = {"environment": measured_on(torch.device("cpu")), "model": Path(model).name, **figures}
-    text = json.dumps(found, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    finish(args.out, torch.device("cpu"), {"model": Path(model).name, **figures})
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 RATES = ROOT / "src" / "ossia" / "plan" / "rates.json"
-NEWEST = "h100-5.json"
+NEWEST = "h100-7.json"
 _NAMES = {
     "tutorial": "transformers + PEFT",
     "unsloth": "Unsloth {unsloth}, 16 bit",
     "ossia sft": "Ossia",
-    "ossia bench": "Ossia",
+    "ossia bench": "Ossia, gpt-oss-{size}",
 }
 _HEADS = {
     "README.md": ("batch × tokens", "tokens/s (slowest to fastest)", "peak memory"),
@@ -36,8 +36,8 @@ def table(file: Path, heads: tuple[str, str, str]) -> str:
     data = json.loads(file.read_text(encoding="utf-8"))
     lines = [f"| | {' | '.join(heads)} |", "|---|---|---|---|"]
     for result in sorted(data["results"], key=lambda r: (r["length"], r["batch"], _order(r["program"]))):
-        name = _NAMES[result["program"]].format(**result.get("versions", {}))
-        extra = result["case"].partition(" ")[2]
+        name = _NAMES[result["program"]].format(**{**result, **result.get("versions", {})})
+        extra = "" if "size" in result else result["case"].partition(" ")[2]
         batch = f"{result['batch']} × {result['length']:,}"
         if "failed" in result:
             lines.append(f"| {name}{f', {extra}' if extra else ''} | {batch} | failed | |")

@@ -228,8 +228,8 @@ def trained(tiny_gpt_oss, tmp_path):
 
 @pytest.mark.slow
 def test_a_merged_model_is_proved_and_pushed_and_not_merged_twice(ossia, hub, at, trained, tmp_path):
-    command = ("export", "--adapters", trained, "--merge_lora", "true", "--torch_dtype", "float32", "--output_dir",
-               tmp_path / "out", "--push_to_hub", "me/merged")  # fmt: skip
+    command = ("export", "--adapters", trained, "--merge_lora", "true", "--format", "bf16", "--torch_dtype", "float32",
+               "--output_dir", tmp_path / "out", "--push_to_hub", "me/merged")  # fmt: skip
     assert "*.safetensors" in ossia.ok(*command, "--dry_run", "true", env=at)
     assert not (tmp_path / "out").exists()
     hub.answers = {"repos/create": 403}

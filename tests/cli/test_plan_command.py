@@ -23,7 +23,7 @@ from ossia.train import gpus
 from ossia.train.plan import Parts
 
 CASES = [
-    pytest.param(result, id=f"{file.stem} {result['case']}")
+    pytest.param(result, file.name, id=f"{file.stem} {result['case']}")
     for file in sorted(table.RESULTS.glob("*.json"))
     for result in json.loads(file.read_text(encoding="utf-8"))["results"]
     if result["program"].startswith("ossia") and "peak_bytes" in result
@@ -71,14 +71,15 @@ def flags_of(result):
     return ["--model", model, "--per_device_train_batch_size", result["batch"], *flags]
 
 
-@pytest.mark.parametrize("result", CASES)
-def test_memory_is_within_a_tenth_of_what_was_measured(plan, result):
+@pytest.mark.parametrize(("result", "file"), CASES)
+def test_memory_is_within_a_tenth_of_what_was_measured(plan, result, file):
     code, figures, said = plan(*flags_of(result), "--gpu", "H100")
     assert code == 0, said
     [gpu] = figures["gpus"]
     assert gpu["peak"] == pytest.approx(result["peak_bytes"], rel=0.1)
     assert sum(gpu["parts"].values()) == gpu["peak"]
-    if "host_peak_bytes" in result:
+    # What a process takes beside the plan grew with the program.
+    if file == table.NEWEST and "host_peak_bytes" in result:
         assert gpu["host"] == pytest.approx(result["host_peak_bytes"], rel=0.1)
 
 

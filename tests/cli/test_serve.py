@@ -109,6 +109,15 @@ def test_length_stop_texts_and_choices(client):
     assert [(choice.index, choice.message.content) for choice in three.choices] == [(n, "base: a") for n in range(3)]
 
 
+def test_ignore_eos_goes_on_to_max_tokens(client):
+    said = "say <|channel|>final<|message|>one<|return|>two<|return|>"
+    for options, expected in (({}, ("one", "stop")), ({"ignore_eos": True}, ("one\n\ntwo", "length"))):
+        choice = client.chat.completions.create(**ask(said, extra_body=options)).choices[0]
+        assert (choice.message.content, choice.finish_reason) == expected
+    plain = client.completions.create(model="base", prompt="say a<|return|>b", extra_body={"ignore_eos": True})
+    assert (plain.choices[0].text, plain.choices[0].finish_reason) == ("ab", "length")
+
+
 def test_logprobs_go_with_the_text(client):
     options = {"logprobs": True, "top_logprobs": 2}
     whole = client.chat.completions.create(**ask("é", **options)).choices[0]
@@ -233,6 +242,7 @@ def test_completions(client):
         ("chat/completions", {"tool_choice": "required"}, 400, "tool_choice", "needs a function"),
         ("chat/completions", {"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools[0].function.name", "pattern"),
         ("chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}}, 400, "response_format", "cannot be followed"),
+        ("chat/completions", {"response_format": {"type": "json_object"}, "ignore_eos": True}, 400, "ignore_eos", "leave one out"),
         ("responses", {"previous_response_id": "x"}, 400, "previous_response_id", "not supported"),
         ("responses", {"tools": [{"type": "web_search", "name": "x"}]}, 400, "tools", "only functions"),
         ("responses", {"input": [{"type": "item_reference", "id": "x"}]}, 400, "input[0].type", "are read here"),

@@ -43,6 +43,8 @@ def test_sft_infer_export_and_batch(ossia, run, rows, tmp_path, tiny_gpt_oss):
 
     out = ossia.ok("export", "--adapters", adapter, "--merge_lora", "true")
     merged = run / "checkpoint-3-merged"
+    assert "format: mxfp4, as the base is" in out
+    assert "not calibrated: it is slow without a GPU; --calibrate true does it all the same" in out
     assert "verified" in out.splitlines()
     assert {"config.json", "README.md", "verification.json"} <= {path.name for path in merged.iterdir()}
 
@@ -174,7 +176,8 @@ def test_resumed_run_ends_as_an_uninterrupted_one(ossia, tiny_gpt_oss, rows, tmp
 def test_any_other_model_trains_merges_and_answers(ossia, tiny_llama, rows, tmp_path):
     ossia.ok("sft", "--model", tiny_llama, "--dataset", rows, "--max_steps", 2, "--output_dir", "o")
     run = next((tmp_path / "o").glob("v0-*"))
-    ossia.ok("export", "--adapters", run / "last", "--merge_lora", "true", "--output_dir", "m")
+    out = ossia.ok("export", "--adapters", run / "last", "--merge_lora", "true", "--output_dir", "m")
+    assert "format: bf16, as the base is" in out.splitlines()
     ossia.ok("infer", "--model", "m", "--max_new_tokens", 3, "--temperature", 0, stdin="hi\n")
 
 

@@ -32,8 +32,8 @@ def adapter(tiny_gpt_oss, tmp_path):
 def exported(ossia, adapter, tmp_path):
     """The adapter merged, in float32."""
     folder = tmp_path / "exported"
-    ossia.ok("export", "--adapters", adapter, "--merge_lora", "true", "--torch_dtype", "float32", "--verify", "false",
-             "--output_dir", folder)  # fmt: skip
+    ossia.ok("export", "--adapters", adapter, "--merge_lora", "true", "--format", "bf16", "--torch_dtype", "float32",
+             "--verify", "false", "--output_dir", folder)  # fmt: skip
     return folder
 
 

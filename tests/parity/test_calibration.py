@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from tests import tiny
 from tests.parity.test_export import SHARD, make_adapter, stopped, tensors
 
 from ossia.adapters.io import load_adapter
-from ossia.config import InferConfig
+from ossia.config import ExportConfig, InferConfig
+from ossia.errors import UsageError
 from ossia.export.calibrate import Calibration
 from ossia.export.merge import merge
+from ossia.export.run import _calibration_texts
 from ossia.kernels.mxfp4.calibrated import Inputs
 from ossia.model.load import load_model
 
@@ -98,6 +102,34 @@ def test_outputs_move_with_the_adapter_where_nearest_rounding_keeps_them(base, a
     assert moved.isdisjoint(same)
     assert {name: (t.dtype, t.shape) for name, t in after.items()} == {n: (t.dtype, t.shape) for n, t in before.items()}
     assert not (rounded / "calibration").exists()
+
+
+def test_auto_calibrates_where_it_can_and_says_why_it_does_not(base, adapter, tmp_path, rows, monkeypatch, capsys):
+    gpu, free = SimpleNamespace(type="cuda"), [80e9]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80e9))
+
+    def found(device: Any = gpu, adapter: Path = adapter, **more: Any) -> list[list[int]]:
+        config = ExportConfig(adapters=[str(adapter)], merge_lora=True, format="mxfp4", **more)
+        return _calibration_texts(config, adapter, base, InferConfig(adapters=[str(adapter)]), device)
+
+    texts = found(dataset=[str(rows)], quant_n_samples=5, max_length=7)
+    assert [len(text) for text in texts] == [7] * 5
+    assert capsys.readouterr().out == ""
+    attention = make_adapter(base, tmp_path / "attention", target_experts="none")
+    for reason, options in {
+        "the adapter leaves the experts alone": {"adapter": attention},
+        "it is slow without a GPU; --calibrate true does it": {"device": torch.device("cpu"), "dataset": [str(rows)]},
+        f"the rows that {adapter} was trained on are not there; give --dataset, or --format bf16": {},
+    }.items():
+        assert found(**options) == []
+        assert f"not calibrated: {reason}" in capsys.readouterr().out
+    free[0] = 3e9
+    assert found(dataset=[str(rows)]) == []
+    assert "not calibrated: it would take 4 GB of the GPU's memory, and 3 GB are free" in capsys.readouterr().out
+    assert found(calibrate="false") == []
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UsageError, match=r"--calibrate true: the rows that .* are not there; give --dataset"):
+        found(calibrate="true")
 
 
 def test_a_stopped_one_reads_the_rows_once_and_ends_the_same(base, adapter, tmp_path, stopped, monkeypatch, capsys):

@@ -100,7 +100,7 @@ def tiny_gpt_oss_other(tmp_path_factory):
 def test_through_the_commands(ossia, tiny_gpt_oss, tmp_path):
     folders = [made(tiny_gpt_oss, tmp_path / f"checkpoint-{n}", rank=n, std=0.1) for n in (1, 2)]
     two, out = ["--adapters", *folders, "--adapter_weights"], tmp_path / "merged"
-    more = ["--merge_lora", "true", "--torch_dtype", "float32", "--output_dir", out]
+    more = ["--merge_lora", "true", "--format", "bf16", "--torch_dtype", "float32", "--output_dir", out]
     assert "verified" in ossia.ok("export", *two, 0.5, 2, *more).splitlines()
     card = (out / "README.md").read_text()
     assert "- 0.5 × checkpoint-1\n- 2.0 × checkpoint-2\n" in card

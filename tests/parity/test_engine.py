@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import PeftModel
@@ -218,6 +220,37 @@ def test_a_mask_says_what_may_come(tiny_gpt_oss, template, prompts, base_says):
     for request in bound:
         assert all(15 <= id < 25 for id in request.ids[:-1])
         assert (len(request.ids), request.ids[-1], request.finish_reason) == (5, template.stop_ids[0], "stop")
+
+
+def test_with_ignore_eos_no_token_ends_an_answer(tiny_gpt_oss, template, prompts):
+    engine = Engine(load_model(tiny_gpt_oss, device="cpu"), template)
+    end = template.stop_ids[0]
+
+    def only_the_end(ids):
+        return torch.arange(engine.model.config.vocab_size) == end
+
+    requests = [
+        engine.submit(prompts[0], Sampling(max_new_tokens=4, ignore_eos=ignore), allowed=only_the_end)
+        for ignore in (False, True)
+    ]
+    while engine.busy:
+        engine.step()
+    assert [(request.ids, request.finish_reason) for request in requests] == [([end], "stop"), ([end] * 4, "length")]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_meanwhile_is_called_once_a_step_and_on_a_gpu_behind_what_it_is_given(tiny_gpt_oss, template, prompts, device):
+    engine = Engine(load_model(tiny_gpt_oss, device="cpu"), template, max_batch_size=2)
+    run, done = engine._runner.step, []
+    engine._runner.step = lambda *given: done.append("forward") or run(*given)
+    engine.model = SimpleNamespace(device=torch.device(device))
+    for prompt in prompts[:2]:
+        engine.submit(prompt, Sampling(max_new_tokens=3, ignore_eos=True))
+    while engine.busy:
+        engine.step(lambda: done.append("meanwhile"))
+    # The first step starts prompts as well.
+    order = ["meanwhile", "forward"] if device == "cpu" else ["forward", "meanwhile"]
+    assert done == ["meanwhile", "forward", *order]
 
 
 def test_lengths_are_bounded(tiny_gpt_oss, template, prompts):

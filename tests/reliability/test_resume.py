@@ -197,14 +197,14 @@ def test_out_of_memory_leaves_the_last_checkpoint_and_says_what_to_change(config
     assert numbers(run(changed(config, resume="auto")).run_dir) == expected
 
 
-def test_a_late_verdict_is_kept_by_the_optimizer_itself():
+def test_a_late_verdict_is_kept_by_the_optimizer_itself(device):
     """On a GPU the host reads the verdict a step later; a fused optimizer has skipped the update by then."""
-    weight = torch.nn.Parameter(torch.ones(3))
+    weight = torch.nn.Parameter(torch.ones(3, device=device))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    guard, values = Guard(torch.device("cpu"), 1, 100, late=True), []
+    guard, values = Guard(torch.device(device), 1, 100, late=True), []
     for number, loss in enumerate((1.0, 2.0, float("nan"), 1.0), start=1):
-        weight.grad = torch.full((3,), loss)
-        guard.watch(number, [], torch.tensor(loss), weight.grad.norm(), [])
+        weight.grad = torch.full((3,), loss, device=device)
+        guard.watch(number, [], torch.tensor(loss, device=device), weight.grad.norm(), [])
         optimizer.found_inf = guard.unsound
         optimizer.step()
         values.append(weight.detach().clone())
@@ -213,4 +213,4 @@ def test_a_late_verdict_is_kept_by_the_optimizer_itself():
     assert not torch.equal(values[0], values[1])
     assert torch.equal(values[1], values[2])
     assert torch.equal(values[1], values[3])
-    assert [step.number for step in Guard(torch.device("cpu"), 1, 100, late=True).known()] == []
+    assert [step.number for step in Guard(torch.device(device), 1, 100, late=True).known()] == []

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
 import time
+import types
 
 import pytest
 from benchmarks.serve.fuzz import fuzz
 from benchmarks.serve.load import load
 from tests.served import scripted, serving
+
+from ossia.serve import app
 
 
 def test_many_clients_lose_nothing_and_mix_up_nothing(tiny_gpt_oss):
@@ -62,6 +66,28 @@ def test_a_slow_reader_holds_up_nobody(server):
             assert more
             read += more
         assert read.count(b'"delta":{"content":"y"}') == 1800
+
+
+def test_a_client_that_takes_nothing_is_given_up(monkeypatch):
+    monkeypatch.setattr(app, "SEND_SECONDS", 0.3)
+    closed, taken = [], []
+
+    async def events():
+        while True:
+            yield "data: {}\n\n"
+
+    async def send(message):
+        taken.append(message)
+        await asyncio.sleep(0.02 if len(taken) < 30 else 60)
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    stream = app.EventStream(types.SimpleNamespace(close=lambda: closed.append(True)), events())
+    started = time.monotonic()
+    asyncio.run(stream({}, receive, send))
+    assert (len(taken), closed) == (30, [True])
+    assert 0.8 < time.monotonic() - started < 5
 
 
 def test_half_requests_and_dropped_connections(server):

@@ -165,11 +165,17 @@ def test_adapters_that_do_not_fit_are_named(tmp_path):
 
 
 def test_options():
-    assert ExportConfig(adapters="a", merge_lora=True).format == "bf16"
+    assert ExportConfig(adapters="a", merge_lora=True).format is None
+    assert ExportConfig(adapters="a", merge_lora=True, calibrate=True).calibrate == "true"
     with pytest.raises(UsageError, match="--format got 'fp8'"):
         ExportConfig(adapters="a", merge_lora=True, format="fp8")
     with pytest.raises(UsageError, match="--torch_dtype is for --format bf16"):
         ExportConfig(adapters="a", merge_lora=True, format="mxfp4", torch_dtype="float32")
+    for more in ({"calibrate": "true"}, {"dataset": ["x.jsonl"]}):
+        with pytest.raises(UsageError, match="is for --format mxfp4 and gguf"):
+            ExportConfig(adapters="a", merge_lora=True, format="bf16", **more)
+    with pytest.raises(UsageError, match="leave it or --calibrate false out"):
+        ExportConfig(adapters="a", merge_lora=True, calibrate="false", dataset=["x.jsonl"])
 
 
 def test_output_that_is_not_empty_is_refused(tmp_path):

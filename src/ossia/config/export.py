@@ -29,10 +29,10 @@ class ExportConfig(HubOptions, AdapterOptions, Config):
         group="model",
     )
     merge_lora: bool = opt(False, "add the adapter to the base weights", group="model")
-    format: str = opt(
-        "bf16",
-        "mxfp4: gpt-oss's experts in 4 bits, a third of the size; small changes of experts need --calibrate true; "
-        "gguf: the same in one file for llama.cpp and Ollama",
+    format: str | None = opt(
+        None,
+        "mxfp4: gpt-oss's experts in 4 bits, a third of the size; gguf: the same in one file for llama.cpp and Ollama; "
+        "bf16 keeps an adapter's change to the experts whole; default: as the base is, mxfp4 or bf16",
         group="model",
         choices=["bf16", "mxfp4", "gguf"],
     )
@@ -42,10 +42,12 @@ class ExportConfig(HubOptions, AdapterOptions, Config):
         group="model",
         choices=["bfloat16", "float32"],
     )
-    calibrate: bool = opt(
-        False,
-        "round experts to MXFP4 so that their outputs on rows stay, by a forward pass of base + adapter over these",
+    calibrate: str = opt(
+        "auto",
+        "round experts to MXFP4 so that their outputs on rows stay, by a forward pass of base + adapter over these; "
+        "auto: where the adapter changes experts, on a GPU with room for both",
         group="calibration",
+        choices=["auto", "true", "false"],
     )
     dataset: list[str] = opt([], "rows for it; default: those that the adapter was trained on", group="calibration")
     quant_n_samples: int = opt(128, "how many of them, drawn at random", group="calibration")
@@ -65,6 +67,8 @@ class ExportConfig(HubOptions, AdapterOptions, Config):
     def __post_init__(self) -> None:
         if isinstance(self.push_to_hub, bool):
             self.push_to_hub = str(self.push_to_hub).lower()
+        if isinstance(self.calibrate, bool):
+            self.calibrate = str(self.calibrate).lower()
         super().__post_init__()
 
     def validate(self) -> None:
@@ -79,11 +83,12 @@ class ExportConfig(HubOptions, AdapterOptions, Config):
         if not self.merge_lora and not self.pushes:
             raise UsageError("nothing to do: give --merge_lora true, or --push_to_hub org/name for the adapter alone")
         if self.format != "bf16" and self.torch_dtype is not None:
-            raise UsageError(f"--torch_dtype is for --format bf16; {self.format} has its own types, so leave it out")
-        if self.calibrate and self.format == "bf16":
-            raise UsageError("--calibrate is for --format mxfp4 and gguf; bf16 rounds nothing to four bits")
-        if self.dataset and not self.calibrate:
-            raise UsageError("--dataset is for --calibrate true; give both or neither")
+            raise UsageError("--torch_dtype is for --format bf16; give both, or leave it out")
+        if self.format == "bf16" and (self.calibrate == "true" or self.dataset):
+            flag = "calibrate true" if self.calibrate == "true" else "dataset"
+            raise UsageError(f"--{flag} is for --format mxfp4 and gguf; bf16 rounds nothing to four bits")
+        if self.dataset and self.calibrate == "false":
+            raise UsageError("--dataset holds rows to calibrate on; leave it or --calibrate false out")
         for name in ("quant_n_samples", "max_length"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} is {getattr(self, name)}; it must be at least 1")

@@ -61,6 +61,7 @@ def run(config: DemoConfig) -> None:
         ExportConfig(
             adapters=[str(result.checkpoint)],
             merge_lora=True,
+            format="bf16",
             torch_dtype="float32",
             verify=False,
             output_dir=str(result.run_dir / "merged"),

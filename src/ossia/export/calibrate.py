@@ -8,8 +8,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import shutil
-from collections import defaultdict
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ossia.compat import save_tensors
 from ossia.config import InferConfig
 from ossia.console import progress, say
+from ossia.export.tensors import Spec, Writer
 from ossia.infer.run import model_of
 from ossia.kernels.expert_mlp.reference import swiglu
 from ossia.kernels.mxfp4.calibrated import Inputs
@@ -49,8 +50,13 @@ class Calibration:
             swiglu, alpha=config.get("swiglu_alpha", SWIGLU_ALPHA), limit=config.get("swiglu_limit", SWIGLU_LIMIT)
         )
         self.tokens = sum(map(len, texts))
-        self.nbytes = self.tokens * config["num_hidden_layers"] * 2 * config["hidden_size"]
-        """Of the files, most of it."""
+        self._specs = {
+            "hidden": Spec(torch.bfloat16, (self.tokens, config["hidden_size"])),
+            "index": Spec(torch.int32, (self.tokens, config["num_experts_per_tok"])),
+            "weight": Spec(torch.float32, (self.tokens, config["num_experts_per_tok"])),
+        }
+        self.nbytes = config["num_hidden_layers"] * sum(spec.nbytes for spec in self._specs.values())
+        """Of the files."""
         self.key = hashlib.sha256(repr(texts).encode()).hexdigest()
         self.folder: Path | None = None
 
@@ -60,37 +66,36 @@ class Calibration:
         self.folder = folder
         if folder.is_dir():
             return
-        seen = self._read()
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        for name, pieces in seen.items():
-            tensors = map(torch.cat, zip(*pieces, strict=True))
-            save_tensors(dict(zip(("hidden", "index", "weight"), tensors, strict=True)), part / f"{name}.safetensors")
+        self._read(part)
         part.rename(folder)
 
-    def _read(self) -> dict[str, list[tuple[Tensor, ...]]]:
+    def _read(self, folder: Path) -> None:
+        started = time.perf_counter()
         model = model_of(self._options, self._base)
-        seen: dict[str, list[tuple[Tensor, ...]]] = defaultdict(list)
+        with ExitStack() as files, torch.inference_mode():
 
-        def keep(name: str, module: Any, given: tuple[Tensor, ...]) -> None:
-            hidden_TH, index_TK, weight_TK = given[:3]
-            seen[name].append((hidden_TH.bfloat16().cpu(), index_TK.cpu(), weight_TK.float().cpu()))
+            def keep(file: Writer, module: Any, given: tuple[Tensor, ...]) -> None:
+                for (name, spec), rows in zip(self._specs.items(), given, strict=False):
+                    file.write(name, rows.to(spec.dtype))
 
-        for name, module in model.named_modules():
-            if isinstance(module, Experts):
-                plain = name.removeprefix("base_model.model.").removesuffix(".base_layer")
-                module.register_forward_pre_hook(partial(keep, plain))
-        with torch.inference_mode(), progress("calibrating", len(self._texts), "rows") as advance:
-            for text in self._texts:
-                model(input_ids=torch.tensor([text], device=model.device), use_cache=False, logits_to_keep=1)
-                advance(1)
-        say(f"calibrated on {self.tokens:,} tokens of {len(self._texts)} rows")
+            for name, module in model.named_modules():
+                if isinstance(module, Experts):
+                    plain = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+                    file = files.enter_context(Writer(folder / f"{plain}.safetensors", self._specs))
+                    module.register_forward_pre_hook(partial(keep, file))
+            with progress("calibrating", len(self._texts), "rows") as advance:
+                for text in self._texts:
+                    model(input_ids=torch.tensor([text], device=model.device), use_cache=False, logits_to_keep=1)
+                    advance(1)
+        seconds = time.perf_counter() - started
+        say(f"calibrated on {self.tokens:,} tokens of {len(self._texts)} rows: {seconds:.1f} s with loading the model")
         del model
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return seen
 
     def given(self, experts: str, device: torch.device, first_product: FirstProduct | None = None) -> Given:
         """What some experts' first projection is given, or their second where the first one's merged weights are at

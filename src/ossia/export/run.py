@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from ossia.adapters.files import WEIGHTS, base_model_of, check_adapter
 from ossia.config import ExportConfig, InferConfig
 from ossia.config.hub import HubOptions
 from ossia.console import say, tool
+from ossia.data.sources import find_datasets
 from ossia.errors import OssiaError, UsageError
 from ossia.export.card import write_card
-from ossia.export.folder import check_output, write_json
+from ossia.export.folder import check_output, holds_mxfp4, write_json
 from ossia.export.hub import Hub, amount, open_hub, push, show, sizes, staged_adapter, staged_model
 from ossia.export.rows import conversations_of, drawn
 from ossia.export.verify import RESULT
@@ -22,6 +24,7 @@ from ossia.infer.run import template_of
 from ossia.model.folder import read_json, resolve_model, weight_files
 from ossia.train.adapters import one_adapter
 
+_INSTEAD = "--format bf16 rounds nothing"
 _NOT_OF_THE_MERGE = {*HubOptions.__dataclass_fields__, "device", "dry_run", "output_dir"}
 
 
@@ -75,15 +78,19 @@ def _merged(config: ExportConfig, adapter: Path) -> Path:
 
 
 def _merge(config: ExportConfig, adapter: Path, named: str, output: Path) -> None:
+    find_datasets(config.dataset, "--dataset")
     base = resolve_model(named)
-
-    options = InferConfig(adapters=[str(adapter)], model=config.model, device=config.device)
-    texts = _calibration_texts(config, adapter, options) if config.calibrate else []
+    if config.format is None:
+        config = replace(config, format=_format_of(base))
+        more = "" if config.format == "bf16" else " (--format bf16 keeps the adapter's change to the experts whole)"
+        say(f"format: {config.format}, as the base is{more}")
 
     from ossia.export.calibrate import Calibration
     from ossia.model.load import DTYPES, pick_device
 
     device = pick_device(config.device)
+    options = InferConfig(adapters=[str(adapter)], model=config.model, device=config.device)
+    texts = [] if config.format == "bf16" else _calibration_texts(config, adapter, base, options, device)
     calibration = Calibration(options, base, texts) if texts else None
     say(f"merging {' and '.join(config.adapters)} into {base}")
     if config.format == "gguf":
@@ -105,17 +112,52 @@ def _merge(config: ExportConfig, adapter: Path, named: str, output: Path) -> Non
         _verify(config, adapter, output)
 
 
-def _calibration_texts(config: ExportConfig, adapter: Path, options: InferConfig) -> list[list[int]]:
-    found = conversations_of(adapter, config.dataset, "dataset")
-    if found is None:
-        raise UsageError(
-            f"--calibrate true: the rows that {config.adapters[0]} was trained on are not there; give --dataset"
-        )
-    rows = drawn(found, config.quant_n_samples)
-    if not rows:
-        raise UsageError("--calibrate true: there are no conversations among the rows, only texts; give --dataset")
+def _format_of(base: Path) -> str:
+    return "mxfp4" if holds_mxfp4(base) else "bf16"
+
+
+def _calibration_texts(
+    config: ExportConfig, adapter: Path, base: Path, options: InferConfig, device: Any
+) -> list[list[int]]:
+    """Token ids to calibrate on; none where it is not to be done, which `--calibrate auto` says and why."""
+    auto = config.calibrate == "auto"
+    if config.calibrate == "false":
+        return []
+    if auto and (reason := _reason_against(adapter, base, device)):
+        say(f"not calibrated: {reason}")
+        return []
+    try:
+        found = conversations_of(adapter, config.dataset, "dataset")
+        if found is None:
+            raise UsageError(f"the rows that {config.adapters[0]} was trained on are not there; give --dataset")
+        rows = drawn(found, config.quant_n_samples)
+        if not rows:
+            raise UsageError("there are no conversations among the rows, only texts; give --dataset")
+    except OssiaError as error:
+        if not auto or config.dataset:
+            raise type(error)(f"--calibrate {config.calibrate}: {error}") from None
+        say(f"not calibrated: {error}, or {_INSTEAD}")
+        return []
     _, template = template_of(options)
     return [template.render(row).input_ids[: config.max_length] for row in rows]
+
+
+def _reason_against(adapter: Path, base: Path, device: Any) -> str | None:
+    """Why `--calibrate auto` does not calibrate."""
+    import torch
+
+    from ossia.model.stream import read_header
+
+    if not any(".experts." in name for name in read_header(adapter / WEIGHTS)):
+        return "the adapter leaves the experts alone"
+    if device.type != "cuda":
+        return f"it is slow without a GPU; --calibrate true does it all the same, or {_INSTEAD}"
+    # Weights as on disk, adapter and what a pass takes; then some 15 GB for rounding, without the model.
+    need = 1.1 * sum(file.stat().st_size for file in set(weight_files(base).values())) + 4e9
+    free = torch.cuda.mem_get_info(device)[0]
+    if need > free:
+        return f"it would take {need / 1e9:.0f} GB of the GPU's memory, and {free / 1e9:.0f} GB are free; {_INSTEAD}"
+    return None
 
 
 def _verify(config: ExportConfig, adapter: Path, output: Path) -> None:
@@ -179,7 +221,7 @@ def _show_merge(config: ExportConfig, named: str) -> None:
         stored = find_tensors(by_file(weight_files(base)))
         width = 4 if config.torch_dtype == "float32" else 2
         size = sum(entry.nbytes for entry in stored.values())
-        if config.format == "bf16":
+        if (config.format or _format_of(base)) == "bf16":
             size = sum(
                 2 * entry.nbytes * width if name.endswith("_blocks") else entry.nbytes // entry.dtype.itemsize * width
                 for name, entry in stored.items()

@@ -28,6 +28,9 @@ _PROMPT_TOKENS = 16384
 """No prompt starts in a step behind so many tokens of others."""
 
 
+def _nothing() -> None: ...
+
+
 class Request:
     """One prompt on its way. `finish_reason` is None while it runs; an end token is the last of `tokens`."""
 
@@ -134,13 +137,23 @@ class Engine:
                 self._free(place)
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Request, Token]]:
-        """Start what waits and fits, then decode one token for every request; the tokens that came, in order."""
+    def step(self, meanwhile: Callable[[], None] = _nothing) -> list[tuple[Request, Token]]:
+        """Start what waits and fits, then decode one token for every request; the tokens that came, in order.
+
+        Args:
+            meanwhile: called once, on a GPU when it is busy with the first tokens, else at the beginning.
+        """
+        if self._waiting or self.model.device.type == "cpu":
+            meanwhile()
+            meanwhile = _nothing
         came = self._admit()
         for adapter in dict.fromkeys(request.adapter for request in self._active.values()):
             places = [place for place, request in self._active.items() if request.adapter == adapter]
             last = [self._active[place].tokens[-1].id for place in places]
-            came += self._take(places, self._runner.step(places, last, self._peft_name(adapter)))
+            logits_BV = self._runner.step(places, last, self._peft_name(adapter))
+            meanwhile()
+            meanwhile = _nothing
+            came += self._take(places, logits_BV)
         return came
 
     def generate(
@@ -205,7 +218,7 @@ class Engine:
         for place, (request, token) in zip(places, came, strict=True):
             request.tokens.append(token)
             count = len(request.tokens)
-            if token.id in self.template.stop_ids:
+            if token.id in self.template.stop_ids and not request.sampling.ignore_eos:
                 request.finish_reason = "stop"
             elif count >= request.sampling.max_new_tokens or len(request.prompt) + count >= self.max_length:
                 request.finish_reason = "length"

@@ -15,13 +15,14 @@ class Sampling:
     """`temperature` 0 takes the likeliest token always; `top_p` is the share of probability that is drawn from;
     `max_new_tokens` bounds a reply. The same `seed`, prompt and settings draw the same numbers, whatever else is in the
     batch; None: others each time. `top_logprobs`: None for no log-probabilities, 0 for the chosen token's, n for those
-    of the n likeliest as well."""
+    of the n likeliest as well. `ignore_eos`: no token ends a reply before `max_new_tokens`."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = 2048
     seed: int | None = None
     top_logprobs: int | None = None
+    ignore_eos: bool = False
 
 
 class Token(NamedTuple):

@@ -159,7 +159,7 @@ def _slow(plan: Plan) -> bool:
 def _distance(case: Measured, plan: Plan, length: float) -> float:
     """How unlike a case is: rows of each expert's products, length, how much is made again.
 
-    From 512 rows to 2,048 the share of an H100's peak rose from 0.49 to 0.50; more than that are taken to be alike.
+    From 512 rows to 2,048 the share of an H100's peak rose by a tenth; more than that are taken to be alike.
     """
     rows = [min(p.sizes.tokens * p.sizes.top_k / p.sizes.experts, 2048) for p in (case.plan, plan)]
     again = [p.recompute.count("layer") / p.sizes.layers for p in (case.plan, plan)]

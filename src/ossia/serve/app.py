@@ -6,7 +6,9 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import math
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -195,51 +197,56 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._run = run
         self._events = events
+        self._sending = math.inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await _while_there(receive, self._send(send))
+            await _first_of(self._send(send), _leaves(receive), self._stalls())
         finally:
             self._run.close()
 
     async def _send(self, send: Send) -> None:
-        async def timed(message: Message) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send(message)
+        async def marked(message: Message) -> None:
+            self._sending = time.monotonic()
+            await send(message)
+            self._sending = math.inf
 
-        await timed({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await marked({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self._events) as events:  # type: ignore[type-var]
-            try:
-                async for text in events:
-                    await timed({"type": "http.response.body", "body": text.encode(), "more_body": True})
-            except TimeoutError:
-                return
-        await timed({"type": "http.response.body", "body": b"", "more_body": False})
+            async for text in events:
+                await marked({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        await marked({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _stalls(self) -> None:
+        """Until the client has taken nothing for too long; a timer for each piece would cost as much as its writing."""
+        while (left := self._sending + SEND_SECONDS - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, SEND_SECONDS))
 
 
 async def _whole(request: Request, run: Run, answer: Coroutine[Any, Any, dict[str, Any]]) -> Response:
     try:
-        found = await _while_there(request.receive, answer)
+        found = await _first_of(answer, _leaves(request.receive))
     finally:
         run.close()
     return Response(status_code=499) if found is None else JSONResponse(found)
 
 
-async def _while_there(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of `work`; None where the client left before it came."""
+async def _leaves(receive: Receive) -> None:
+    """Until the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
-    async def leaves() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
 
-    task, gone = asyncio.create_task(work), asyncio.create_task(leaves())
+async def _first_of(work: Coroutine[Any, Any, Any], *ends: Coroutine[Any, Any, None]) -> Any:
+    """The result of `work`; None where one of `ends` came before it."""
+    tasks = [asyncio.create_task(each) for each in (work, *ends)]
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
     finally:
-        for each in (task, gone):
+        for each in tasks:
             each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

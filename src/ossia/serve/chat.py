@@ -29,6 +29,8 @@ async def chat_ask(service: Service, body: ChatRequest) -> Ask:
     prompt, grammar = await prepare(
         service, adapter, messages, tools, choice == "none", call, schema, body.reasoning_effort
     )
+    if body.ignore_eos and grammar is not None:
+        raise bad("ignore_eos: an answer that must have a form ends with it; leave one out", "ignore_eos")
     asked, field = body.max_completion_tokens, "max_completion_tokens"
     if asked is None:
         asked, field = body.max_tokens, "max_tokens"
@@ -40,6 +42,7 @@ async def chat_ask(service: Service, body: ChatRequest) -> Ask:
             max_new_tokens=service.room([prompt], asked, field),
             seed=body.seed,
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            ignore_eos=bool(body.ignore_eos),
         ),
         model=name,
         adapter=adapter,

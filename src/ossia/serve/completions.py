@@ -38,6 +38,7 @@ async def completion_ask(service: Service, body: CompletionRequest) -> Ask:
             max_new_tokens=service.room(prompts, body.max_tokens, "max_tokens", DEFAULT_TOKENS),
             seed=body.seed,
             top_logprobs=body.logprobs,
+            ignore_eos=bool(body.ignore_eos),
         ),
         model=name,
         adapter=adapter,

@@ -169,6 +169,7 @@ class ChatRequest(Body):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChatToolChoice | None = None
     response_format: ResponseFormat | None = None
+    ignore_eos: bool | None = None
 
 
 class CompletionRequest(Body):
@@ -188,6 +189,7 @@ class CompletionRequest(Body):
     seed: Seed = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
+    ignore_eos: bool | None = None
 
 
 class InputItem(Body):

@@ -27,6 +27,8 @@ from ossia.template.messages import Message
 DEEPEST = 32
 """Levels that a schema may have; rendering it takes several calls a level."""
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 
 @dataclass
 class Ask:
@@ -193,7 +195,7 @@ def new_id(kind: str) -> str:
 
 def event(body: Any, name: str | None = None) -> str:
     """A server-sent event."""
-    data = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    data = body if isinstance(body, str) else _JSON.encode(body)
     return (f"event: {name}\n" if name else "") + f"data: {data}\n\n"
 
 

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -102,6 +102,7 @@ class Worker:
         # Of the thread alone; no more are in the engine than it decodes at a time, so that a failure ends no others.
         self._waiting: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}
+        self._came: list[tuple[_Job, Item]] = []
         self._inbox: queue.SimpleQueue[tuple[str, _Job | None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -168,12 +169,13 @@ class Worker:
 
     def _deliver(self, came: list[tuple[_Job, Item]]) -> None:
         now = time.monotonic()
+        counts: Counter[str] = Counter()
         for job, item in came:
             if job not in self._jobs:
                 continue
             if isinstance(item, Token):
                 job.tokens += 1
-                self.metrics.answer_tokens.labels(job.prompt.model).inc()
+                counts[job.prompt.model] += 1
                 if job.tokens == 1:
                     job.first = now
                     self.metrics.first_token.observe(now - job.began)
@@ -182,8 +184,12 @@ class Worker:
                 if job.tokens > 1 and now > job.first:
                     self.metrics.rate.observe((job.tokens - 1) / (now - job.first))
             job.work._items.put_nowait((job.index, item))
+        for model, count in counts.items():
+            self.metrics.answer_tokens.labels(model).inc(count)
 
-    def _send(self, came: list[tuple[_Job, Item]]) -> None:
+    def _flush(self) -> None:
+        """Hand what came to the event loop."""
+        came, self._came = self._came, []
         if came:
             assert self._loop is not None
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -193,7 +199,8 @@ class Worker:
         failures = 0
         while self._take():
             try:
-                came = self.engine.step()
+                # The event loop has its work while the device is at its own: both want the interpreter.
+                came = self.engine.step(self._flush)
             except Exception as error:  # noqa: BLE001 - whatever it was, the answers in flight must hear of it
                 traceback.print_exc()
                 failures += 1
@@ -202,20 +209,22 @@ class Worker:
                     return
                 continue
             failures = 0
-            items: list[tuple[_Job, Item]] = [
+            self._came += [
                 (job, token) for request, token in came if (job := self._running.get(id(request))) is not None
             ]
             for key, job in list(self._running.items()):
                 if job.request.finish_reason is not None:
                     del self._running[key]
-                    items.append((job, Ended(job.request.finish_reason)))
-            self._send(items)
+                    self._came.append((job, Ended(job.request.finish_reason)))
 
     def _take(self) -> bool:
         """Read the inbox, waiting only where there is nothing else to do, and fill the engine; False at the end."""
         while True:
+            idle = not (self.engine.busy or self._waiting)
+            if idle:
+                self._flush()
             try:
-                kind, job = self._inbox.get(block=not (self.engine.busy or self._waiting))
+                kind, job = self._inbox.get(block=idle)
             except queue.Empty:
                 break
             if job is None:
@@ -239,11 +248,11 @@ class Worker:
         try:
             job.request = self.engine.submit(prompt.ids, prompt.sampling, prompt.adapter, prompt.allowed)
         except OssiaError as error:
-            self._send([(job, bad(str(error)))])
+            self._came.append((job, bad(str(error))))
             return
         except Exception:  # noqa: BLE001 - as in a step
             traceback.print_exc()
-            self._send([(job, ApiError(500, _FAILED, code="engine_failed"))])
+            self._came.append((job, ApiError(500, _FAILED, code="engine_failed")))
             return
         self._running[id(job.request)] = job
 
@@ -251,7 +260,8 @@ class Worker:
         """Fail every answer in the engine and empty it; False where that fails too."""
         jobs = list(self._running.values())
         self._running.clear()
-        self._send([(job, ApiError(500, _FAILED, code="engine_failed")) for job in jobs])
+        self._came += [(job, ApiError(500, _FAILED, code="engine_failed")) for job in jobs]
+        self._flush()
         try:
             for job in jobs:
                 self.engine.cancel(job.request)

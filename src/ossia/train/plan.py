@@ -26,8 +26,8 @@ KINDS = ("none", "experts", "layer")
 """What a layer's backward makes again: nothing; its experts' first projection; the layer, from its input."""
 
 _LIBRARIES = 80 * 2**20
-_LOADING = 2 * 10**9
-"""Host memory of a run beside what rests there: Python, its libraries, buffers of the loader (measured 1.9 to 2.1)."""
+_LOADING = 2_300_000_000
+"""Host memory beside what rests there: Python, its libraries, buffers of the loader (measured 2.2 to 2.4 GB)."""
 
 
 @dataclass(frozen=True)

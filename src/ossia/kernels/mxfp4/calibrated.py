@@ -8,7 +8,7 @@ turn some codes, so that the outputs move as they should:
 - then, for some rounds, each column takes the code that is best with all others as they are;
 - what is missing of the outputs' mean goes to the bias, which is not rounded.
 
-E experts, O outputs, I inputs, G = I / 32.
+E experts, O outputs, I inputs, G = I / 32; J and K columns of a block.
 """
 
 from __future__ import annotations
@@ -71,10 +71,9 @@ def quantize_calibrated(weight_EOI: Tensor, inputs: Inputs) -> Calibrated:
     weight_EOI = weight_EOI.detach().float()
     spread_EII = _damped(inputs.spread_EII)
     rounded_EOI, scales_EOG = _spread_errors(weight_EOI, spread_EII)
-    power_EOG = scales_EOG.int() - 127
     for _ in range(ROUNDS):
-        _choose_anew(weight_EOI, rounded_EOI, power_EOG, spread_EII)
-    scaled_EOG32 = torch.ldexp(rounded_EOI.view(*scales_EOG.shape, BLOCK), -power_EOG.unsqueeze(-1))
+        _choose_anew(weight_EOI, rounded_EOI, scales_EOG, spread_EII)
+    scaled_EOG32 = torch.ldexp(rounded_EOI.view(*scales_EOG.shape, BLOCK), 127 - scales_EOG.int().unsqueeze(-1))
     blocks = nearest_codes(scaled_EOG32.view(-1, BLOCK)).view(*scales_EOG.shape, BLOCK // 2)
     missing_EOI = weight_EOI - dequantize(blocks, scales_EOG, torch.float32)
     return Calibrated(blocks, scales_EOG, (missing_EOI @ inputs.mean_EI[..., None]).squeeze(-1))
@@ -89,49 +88,70 @@ def _damped(spread_EII: Tensor) -> Tensor:
 
 def _spread_errors(weight_EOI: Tensor, spread_EII: Tensor) -> tuple[Tensor, Tensor]:
     """Rounded values [E, O, I] and scales [E, O, G], each column's error spread over the columns after it."""
-    # Upper R with Rᵀ R = inverse of the spread: row i says how an error in column i spreads. Cholesky from the last row
-    # up, so that what is inverted is a triangle and no product of two.
-    upper_EII = torch.linalg.cholesky(spread_EII.flip(1, 2)).flip(1, 2)
-    one_II = torch.eye(spread_EII.shape[-1], device=spread_EII.device)
-    carry_EII = torch.linalg.solve_triangular(upper_EII, one_II.expand_as(upper_EII), upper=True)
+    carry_EII = _carry(spread_EII)
     left_EOI, rounded_EOI, scales = weight_EOI.clone(), torch.empty_like(weight_EOI), []
     for start in range(0, weight_EOI.shape[-1], BLOCK):
-        end = start + BLOCK
-        block_EO32 = left_EOI[..., start:end].contiguous()
-        scales_EO1 = quantize_search(block_EO32).scales
-        error_EO32 = torch.empty_like(block_EO32)
+        block = slice(start, start + BLOCK)
+        block_EO32 = left_EOI[..., block].contiguous()
+        scales.append(quantize_search(block_EO32).scales)
+        grid = _Grid(scales[-1][..., 0])
+        value_32EO, carry_JKE1 = _columns_first(block_EO32), _columns_first(carry_EII[:, block, block]).mT[..., None]
+        rounded_32EO, error_32EO = torch.empty_like(value_32EO), torch.empty_like(value_32EO)
         for column in range(BLOCK):
-            at = start + column
-            value_EO = block_EO32[..., column]
-            rounded_EO = _nearest(value_EO, scales_EO1[..., 0].int() - 127)
-            error_EO = (value_EO - rounded_EO) / carry_EII[:, at, at, None]
-            block_EO32[..., column + 1 :] -= error_EO[..., None] * carry_EII[:, at, None, at + 1 : end]
-            error_EO32[..., column] = error_EO
-            rounded_EOI[..., at] = rounded_EO
-        left_EOI[..., end:] -= error_EO32 @ carry_EII[:, start:end, end:]
-        scales.append(scales_EO1)
+            carry_32E1 = carry_JKE1[:, column]
+            rounded_EO, error_EO = rounded_32EO[column], error_32EO[column]
+            grid.nearest(value_32EO[column], rounded_EO)
+            torch.sub(value_32EO[column], rounded_EO, out=error_EO).div_(carry_32E1[column])
+            value_32EO[column + 1 :].addcmul_(carry_32E1[column + 1 :], error_EO, value=-1)
+        rounded_EOI[..., block] = rounded_32EO.permute(1, 2, 0)
+        left_EOI[..., block.stop :] -= error_32EO.permute(1, 2, 0) @ carry_EII[:, block, block.stop :]
     return rounded_EOI, torch.cat(scales, -1)
 
 
-def _choose_anew(weight_EOI: Tensor, rounded_EOI: Tensor, power_EOG: Tensor, spread_EII: Tensor) -> None:
+def _carry(spread_EII: Tensor) -> Tensor:
+    """Upper R with Rᵀ R = inverse of the spread: row i says how an error in column i spreads.
+
+    Cholesky from the last row up, so that what is inverted is a triangle and no product of two. One by one: batched,
+    cuSOLVER and cuBLAS take what they have for small matrices.
+    """
+    one_II = torch.eye(spread_EII.shape[-1], device=spread_EII.device)
+    uppers = (torch.linalg.cholesky(spread_II.flip(0, 1)).flip(0, 1) for spread_II in spread_EII)
+    return torch.stack([torch.linalg.solve_triangular(upper_II, one_II, upper=True) for upper_II in uppers])
+
+
+def _choose_anew(weight_EOI: Tensor, rounded_EOI: Tensor, scales_EOG: Tensor, spread_EII: Tensor) -> None:
     """Each column in turn takes the codes that are best with the others as they are; in place."""
     pull_EOI = (rounded_EOI - weight_EOI) @ spread_EII
-    for group in range(power_EOG.shape[-1]):
-        start, end = group * BLOCK, (group + 1) * BLOCK
-        pull_EO32 = pull_EOI[..., start:end].contiguous()
-        turned_EO32 = torch.empty_like(pull_EO32)
+    for group in range(scales_EOG.shape[-1]):
+        block = slice(group * BLOCK, (group + 1) * BLOCK)
+        grid = _Grid(scales_EOG[..., group])
+        pull_32EO, rounded_32EO = _columns_first(pull_EOI[..., block]), _columns_first(rounded_EOI[..., block])
+        spread_JKE1 = _columns_first(spread_EII[:, block, block]).mT[..., None]
+        chosen_32EO, turned_32EO = torch.empty_like(rounded_32EO), torch.empty_like(rounded_32EO)
         for column in range(BLOCK):
-            at = start + column
-            own_E1 = spread_EII[:, at, at, None]
-            best_EO = rounded_EOI[..., at] - pull_EO32[..., column] / own_E1
-            chosen_EO = _nearest(best_EO, power_EOG[..., group])
-            turned_EO = chosen_EO - rounded_EOI[..., at]
-            rounded_EOI[..., at] = chosen_EO
-            turned_EO32[..., column] = turned_EO
-            pull_EO32 += turned_EO[..., None] * spread_EII[:, at, None, start:end]
-        pull_EOI += turned_EO32 @ spread_EII[:, start:end]
+            spread_32E1 = spread_JKE1[:, column]
+            chosen_EO, turned_EO = chosen_32EO[column], turned_32EO[column]
+            best_EO = torch.addcdiv(rounded_32EO[column], pull_32EO[column], spread_32E1[column], value=-1)
+            grid.nearest(best_EO, chosen_EO)
+            torch.sub(chosen_EO, rounded_32EO[column], out=turned_EO)
+            pull_32EO[column + 1 :].addcmul_(spread_32E1[column + 1 :], turned_EO)
+        rounded_EOI[..., block] = chosen_32EO.permute(1, 2, 0)
+        pull_EOI += turned_32EO.permute(1, 2, 0) @ spread_EII[:, block]
 
 
-def _nearest(value: Tensor, power: Tensor) -> Tensor:
-    """The nearest value that a code holds in units of 2^power."""
-    return torch.ldexp(nearest_values(torch.ldexp(value, -power)), power)
+class _Grid:
+    """The values that codes hold at some scales, a byte each."""
+
+    def __init__(self, scales: Tensor) -> None:
+        power = scales.int() - 127
+        self._unit, self._inverse = (
+            torch.ldexp(torch.ones_like(power, dtype=torch.float32), p) for p in (power, -power)
+        )
+
+    def nearest(self, value: Tensor, out: Tensor) -> None:
+        torch.mul(nearest_values(value * self._inverse), self._unit, out=out)
+
+
+def _columns_first(values: Tensor) -> Tensor:
+    """[a, b, 32] → [32, a, b], so that a column is whole in memory: the loops over columns are long."""
+    return values.permute(2, 0, 1).contiguous()

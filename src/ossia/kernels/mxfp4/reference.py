@@ -135,15 +135,15 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def nearest_codes(scaled_N32: Tensor) -> Tensor:
     """The nearest codes of float32 values in units of their scale, two in a byte: uint8 [N, 16]."""
-    codes = _nearest_magnitude(scaled_N32).to(torch.uint8)
+    codes = _nearest_magnitude(scaled_N32, torch.int32).to(torch.uint8)
     codes |= scaled_N32.signbit().to(torch.uint8) << 3
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 
 def nearest_values(scaled: Tensor) -> Tensor:
     """What the nearest codes stand for, in units of the scale: float32 of any shape."""
-    return torch.take(_magnitudes(scaled.device), _nearest_magnitude(scaled).long()).copysign(scaled)
+    return torch.take(_magnitudes(scaled.device), _nearest_magnitude(scaled, torch.int64)).copysign(scaled)
 
 
-def _nearest_magnitude(scaled: Tensor) -> Tensor:
-    return torch.bucketize(scaled.abs(), _boundaries(scaled.device), out_int32=True)
+def _nearest_magnitude(scaled: Tensor, index: torch.dtype) -> Tensor:
+    return torch.bucketize(scaled.abs(), _boundaries(scaled.device), out_int32=index == torch.int32)
