@@ -106,7 +106,7 @@ def _merge(config: ExportConfig, adapter: Path, named: str, output: Path) -> Non
 
 
 def _calibration_texts(config: ExportConfig, adapter: Path, options: InferConfig) -> list[list[int]]:
-    found = conversations_of(adapter, config.dataset, "dataset")
+    found = conversations_of(adapter, config.dataset, "dataset", config)
     if found is None:
         raise UsageError(
             f"--calibrate true: the rows that {config.adapters[0]} was trained on are not there; give --dataset"
@@ -123,7 +123,7 @@ def _verify(config: ExportConfig, adapter: Path, output: Path) -> None:
     command = [sys.executable, "-m", "ossia", "verify", str(adapter), str(output)]
     if config.model is not None:
         command += ["--model", config.model]
-    command += ["--device", config.device]
+    command += ["--device", config.device, "--on_bad_row", config.on_bad_row]
     done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         reason = done.stderr.strip().removeprefix("error: ") or f"{output}: verifying ended with {done.returncode}"
