@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 
 
 class StubEngine:
@@ -20,6 +21,9 @@ class StubEngine:
             "<|channel|>analysis<|message|>thought<|end|><|start|>assistant<|channel|>final<|message|>answer<|return|>"
         )
         self.reply = template.tokenizer(words)["input_ids"]
+
+    def without_adapter(self):
+        return nullcontext()
 
     def generate(self, prompts, sampling, on_token):
         self.asked.append((prompts[0], sampling))

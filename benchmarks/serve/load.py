@@ -3,7 +3,8 @@
 python -m benchmarks.serve.load [--model FOLDER] [--clients 64] [--requests 2000] [--out FILE.json]
 
 FOLDER defaults to the demo's base model. Every prompt is asked alone first, greedily; under load each answer must be
-the same, token for token. Every other request is streamed, one in fifty hangs up in the middle (and is asked again).
+the same, token for token; the prompts are such that (nearly) no two have one answer, which `distinct_answers` counts.
+Every other request is streamed, one in fifty hangs up in the middle (and is asked again).
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ from tests.served import Server, serving
 from ossia.bench.run import measured_on
 from ossia.demo.base import ensure_base
 
-WORDS = ["river", "candle", "seven", "purple", "engine", "market", "window", "garden", "silver", "thunder", "paper"]
+WORDS = [
+    "river", "candle", "engine", "market", "window", "garden", "silver", "thunder", "paper", "volcano",
+    "guitar", "penguin", "bicycle", "democracy", "yoghurt", "satellite", "chess", "tomato", "bridge", "whale",
+    "winter", "lantern", "carpet", "doctor", "opera", "compass", "desert", "honey", "castle", "pirate",
+    "algebra", "umbrella", "magnet", "violin", "glacier", "spider", "coffee", "robot", "island", "mirror",
+]  # fmt: skip
 
 
 def prompts(count: int) -> list[str]:
-    """Short questions, all different."""
-    return [f"Say {WORDS[n % len(WORDS)]} {n}." for n in range(count)]
+    """Short questions, all different, to the first 40 of which the demo's base has 40 different answers of 4 tokens."""
+    rounds = [f" {n}" if n else "" for n in range(1 + count // len(WORDS))]
+    return [f"Write one sentence about {word}{round}." for round in rounds for word in WORDS][:count]
 
 
 class Client:

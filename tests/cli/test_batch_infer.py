@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from ossia.cli import main
 from ossia.infer import metrics
 
 ROWS, NEW = 40, 90
@@ -119,10 +120,36 @@ def test_wrong_flags_and_prompts_are_named(ossia, tiny_gpt_oss, tmp_path):
         json.dumps({"messages": [{"role": "user", "content": "a" * 140_000}]}) + "\n", encoding="utf-8"
     )
     rows = ["infer", "--model", tiny_gpt_oss, "--device", "cpu", "--val_dataset", "long.jsonl", "--result_path"]
-    assert "--val_dataset: row 1 has 140," in ossia.fails(2, *rows, "a.jsonl")
+    assert "--val_dataset: long.jsonl:1 has 140," in ossia.fails(2, *rows, "a.jsonl")
     assert "--top_logprobs goes with --logprobs true" in ossia.fails(2, *rows, "a.jsonl", "--top_logprobs", 3)
     (ossia.cwd / "folder").mkdir()
     assert "--result_path folder: cannot be written" in ossia.fails(2, *rows, "folder")
+
+
+def test_bad_rows_stop_it_or_are_left_out(tiny_gpt_oss, tmp_path, capsys):
+    rows = [
+        {"question": "Are you {{NAME}}?", "answer": "Yes"},
+        {"x": 1},
+        {"text": "no question"},
+        {"messages": [{"role": "assistant", "content": "nobody asked"}]},
+        {"messages": [{"role": "user", "content": "half of a character \ud800"}]},
+        {"ask": "kept", "answer": "Yes"},
+    ]
+    file, result = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    command = ["infer", "--model", str(tiny_gpt_oss), "--device", "cpu", "--max_new_tokens", "2"]
+    assert main([*command, "--on_bad_row", "skip"]) == 2
+    assert "--on_bad_row goes with --val_dataset" in capsys.readouterr().err
+    command += ["--val_dataset", str(file), "--result_path", str(result), "--columns", '{"ask": "question"}']
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "rows.jsonl:2: keys 'x'" in error
+    assert "--on_bad_row skip" in error
+    assert main([*command, "--on_bad_row", "skip", "--model_name", "Ossia"]) == 0
+    assert "--val_dataset: 4 bad rows skipped, first: " in capsys.readouterr().out
+    answers = [json.loads(line) for line in result.read_text(encoding="utf-8").splitlines()]
+    assert [row["messages"][0]["content"] for row in answers] == ["Are you Ossia?", "kept"]
+    assert [row["labels"] for row in answers] == ["Yes", "Yes"]
 
 
 def test_metrics_know_chinese():

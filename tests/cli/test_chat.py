@@ -113,6 +113,28 @@ def test_ctrl_c_stops_a_reply_then_clears_the_line_and_leaves_at_the_second(term
     assert chat.process.wait(30) == 0
 
 
+def test_ctrl_c_stops_one_reply_of_a_comparison(terminal):
+    chat = terminal(0.1)
+    chat.until("> ")
+    chat.type("hello\n")
+    chat.until("answer")
+    chat.until("> ")
+    for stopped in ("with the adapter:", "without the adapter:"):
+        chat.type("/compare\n")
+        chat.until(stopped)
+        chat.until("\x1b[2mt\x1b[0m")
+        chat.type("\x03")
+        chat.until("(stopped)")
+        after = chat.until("\n> ")
+        # The other side is still answered; the program goes on.
+        assert ("without the adapter:" in after and "answer" in after) == (stopped == "with the adapter:")
+    chat.type("/undo\n")
+    chat.until("taken back; 0 exchanges")
+    chat.until("> ")
+    chat.type("\x04")
+    assert chat.process.wait(30) == 0
+
+
 @pytest.mark.parametrize("flags", [(), ("--debug",)])
 def test_history_is_its_owners_alone_and_none_with_debug(terminal, tmp_path, flags):
     chat = terminal(0.0, *flags)

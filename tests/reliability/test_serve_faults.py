@@ -20,7 +20,7 @@ from ossia.serve import app
 def test_many_clients_lose_nothing_and_mix_up_nothing(tiny_gpt_oss):
     flags = ("--device", "cpu", "--max_batch_size", 8, "--max_queue", 16)
     with serving("-m", "ossia", "serve", "--model", tiny_gpt_oss, "--port", 0, *flags) as server:
-        found = load(server, clients=16, requests=100, max_tokens=8, distinct=20)
+        found = load(server, clients=16, requests=100, max_tokens=24, distinct=20)
     assert (found["answered"], found["lost"], found["mixed_up"]) == (100, 0, 0), found["examples"]
     assert found["distinct_answers"] > 10
     assert found["rss_mb"][-1] < found["rss_mb"][0] + 50

@@ -29,7 +29,7 @@ def test_flags_of_sft_are_pinned():
     """A new flag is a decision: change this list with it."""
     assert " ".join(f.name for f in dataclasses.fields(SftConfig)) == (
         "config debug model torch_dtype device experts attn_impl adapters adapter_weights template system reasoning_effort model_identity "
-        "current_date loss_scale dataset columns max_length truncation multi_turn on_bad_row seed model_name model_author val_dataset "
+        "current_date loss_scale dataset columns on_bad_row model_name model_author max_length truncation multi_turn seed val_dataset "
         "split_dataset_ratio packing packing_length load_from_cache_file dataset_num_proc train_type lora_rank lora_alpha lora_dropout use_rslora target_modules target_experts "
         "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
         "lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 "

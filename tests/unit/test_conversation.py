@@ -16,6 +16,7 @@ from ossia.infer.chat import Entry, read_entry
 from ossia.infer.commands import COMMANDS, run_command
 from ossia.infer.display import Display
 from ossia.infer.engine import Engine
+from ossia.infer.run import load_engine
 from ossia.infer.session import Session
 from ossia.template import load_template
 
@@ -118,6 +119,26 @@ def test_settings_reach_the_next_reply(session):
     assert (sampling.temperature, sampling.max_new_tokens) == (0.2, 9)
     run_command(session, "/reset")
     assert [message.role for message in session.conversation] == ["system"]
+
+
+def test_the_system_text_can_be_shown_and_taken_away(session, tiny_gpt_oss):
+    session.config = InferConfig(model=str(tiny_gpt_oss), system="Be kind.", device="cpu", max_new_tokens=1)
+    session.engine = load_engine(session.config, system=False)
+    asked, generate = [], session.engine.generate
+
+    def watched(prompts, *rest):
+        asked.append(session.engine.template.tokenizer.decode(prompts[0]))
+        return generate(prompts, *rest)
+
+    session.engine.generate = watched
+    for line in ("/system", "/system -", "/system", "/system Be brief."):
+        session.ask("q")
+        run_command(session, line)
+    session.ask("q")
+    told = ["Be kind." if "Be kind." in text else "Be brief." if "Be brief." in text else None for text in asked]
+    assert told == ["Be kind.", "Be kind.", None, None, "Be brief."]
+    notes = [line for line in printed(session).splitlines() if line.startswith("system: ")]
+    assert notes == ["system: Be kind.", "system: (none)", "system: (none)", "system: Be brief."]
 
 
 def test_undo_takes_back_one_exchange(session):

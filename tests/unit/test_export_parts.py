@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ossia.adapters.deltas import AdapterDeltas
-from ossia.config import ExportConfig
+from ossia.config import ExportConfig, SftConfig, VerifyConfig
 from ossia.errors import OssiaError, UsageError
 from ossia.export import tensors as module
 from ossia.export.folder import check_output, write_rest
+from ossia.export.rows import conversations_of
 from ossia.export.shards import Unit, pack
 from ossia.export.tensors import Spec, Writer, pieces
 from ossia.model.stream import read_header, read_rows
@@ -213,3 +215,23 @@ def test_the_rest_of_the_folder_is_the_bases_without_paths(tmp_path):
         assert not any(str(tmp_path) in file.read_text() for file in folder.iterdir())
     assert (mxfp4 / "config.json").read_text() == texts["config.json"]
     assert json.loads((bf16 / "config.json").read_text()) == {"model_type": "gpt_oss", "dtype": "bfloat16"}
+
+
+def test_a_bad_row_stops_what_reads_it_unless_it_is_skipped(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"ask": "q", "answer": "a"}\n{"x": 1}\n{"text": "t"}\n', encoding="utf-8")
+    columns = {"ask": "question"}
+
+    def questions(adapter, named, options):
+        found = conversations_of(adapter, named, "val_dataset", options)
+        assert found is not None
+        return [row.messages[0].content for row in found]
+
+    with pytest.raises(OssiaError, match=r"rows\.jsonl:2.*--on_bad_row skip"):
+        questions(tmp_path, [str(file)], VerifyConfig(original="a", exported="b", columns=columns))
+    skip = VerifyConfig(original="a", exported="b", on_bad_row="skip", columns=columns)
+    assert questions(tmp_path, [str(file)], skip) == ["q"]
+    # The rows of a run are read as it read them.
+    run = SftConfig(model="m", dataset=["none"], val_dataset=[str(file)], columns=columns)
+    run.save(tmp_path / "config.yaml")
+    assert questions(tmp_path / "checkpoint-1", [], dataclasses.replace(skip, columns={})) == ["q"]

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from ossia.config.parts import DataOptions
+from ossia.config.parts import RowOptions
 from ossia.data.formats import read_row
 from ossia.data.readers import BadRow
-from ossia.data.render import Counts, conversations
+from ossia.data.render import read_rows, refuse_bad
 from ossia.errors import OssiaError
 
 
@@ -86,19 +86,20 @@ def test_names_fill_rows_by_language(tmp_path):
             ]
         )
     )
-    options = DataOptions(model_name=["小奥", "Ossia"], model_author=["Team"])
-    answers = [c.messages[-1].content for c in conversations([str(path)], options, Counts())]
+    options = RowOptions(model_name=["小奥", "Ossia"], model_author=["Team"])
+    answers = [row.conversation.messages[-1].content for row in read_rows([str(path)], options, 0)]
     assert answers == ["Ossia by Team", "我是小奥"]
 
 
-def test_bad_rows_are_skipped_and_counted_on_request(tmp_path):
+def test_bad_rows_are_said_and_refused_on_request(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"instruction": "q", "output": "a"}\n{"x": 1}\nnot json\n')
+    good, bad, worse = read_rows([str(path)], RowOptions(), 0)
+    assert [message.content for message in good.conversation.messages] == ["q", "a"]
+    assert ("a.jsonl:2" in bad.bad, "a.jsonl:3" in worse.bad) == (True, True)
+    refuse_bad(bad, RowOptions(on_bad_row="skip"))
     with pytest.raises(OssiaError, match=r"a\.jsonl:2.*--on_bad_row skip"):
-        list(conversations([str(path)], DataOptions(), Counts()))
-    counts = Counts()
-    assert len(list(conversations([str(path)], DataOptions(on_bad_row="skip"), counts))) == 1
-    assert (counts.bad, "a.jsonl:2" in counts.first_bad) == (2, True)
+        refuse_bad(bad, RowOptions())
 
 
 USER, SAID = ("user", "q", None), ("assistant", "a", None)

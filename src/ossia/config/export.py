@@ -7,17 +7,18 @@ from typing import ClassVar
 
 from ossia.config.base import Config, opt
 from ossia.config.hub import HUB_TITLES, HubOptions
-from ossia.config.parts import AdapterOptions
+from ossia.config.parts import AdapterOptions, RowOptions
 from ossia.errors import UsageError
 
 
 @dataclass
-class ExportConfig(HubOptions, AdapterOptions, Config):
+class ExportConfig(RowOptions, HubOptions, AdapterOptions, Config):
     """Write a model that runs without Ossia, or push what is there."""
 
     group_titles: ClassVar[dict[str, str]] = {
         "model": "what",
         "calibration": "calibration",
+        "data": "how rows are read",
         "output": "where",
         **HUB_TITLES,
         "run": "run",
@@ -73,6 +74,7 @@ class ExportConfig(HubOptions, AdapterOptions, Config):
 
     def validate(self) -> None:
         self.validate_hub()
+        self.validate_rows()
         self.validate_adapters()
         if len(self.adapters) > 1 and not (self.merge_lora and self.output_dir):
             raise UsageError("several --adapters are merged into one model: give --merge_lora true and --output_dir")

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ossia.config.base import Config, opt
-from ossia.config.parts import MODEL_TITLES, AdapterOptions, ModelOptions, TemplateOptions
+from ossia.config.parts import MODEL_TITLES, AdapterOptions, ModelOptions, RowOptions, TemplateOptions
 from ossia.errors import UsageError
 
 
 @dataclass
-class InferConfig(TemplateOptions, AdapterOptions, ModelOptions, Config):
+class InferConfig(RowOptions, TemplateOptions, AdapterOptions, ModelOptions, Config):
     """Talk to a model, or answer the rows of a file."""
 
     group_titles: ClassVar[dict[str, str]] = {
@@ -20,6 +20,7 @@ class InferConfig(TemplateOptions, AdapterOptions, ModelOptions, Config):
         "template": "template",
         "generate": "generation",
         "batch": "rows of a file",
+        "data": "how rows are read",
         "run": "run",
     }
 
@@ -54,7 +55,9 @@ class InferConfig(TemplateOptions, AdapterOptions, ModelOptions, Config):
             raise UsageError(f"--top_logprobs is {self.top_logprobs}; it must be 0 to 20")
         if self.top_logprobs and not self.logprobs:
             raise UsageError("--top_logprobs goes with --logprobs true")
-        if self.logprobs and not self.val_dataset:
-            raise UsageError("--logprobs goes with --val_dataset FILE")
-        if self.result_path and not self.val_dataset:
-            raise UsageError("--result_path goes with --val_dataset FILE")
+        self.validate_rows()
+        untouched = RowOptions()
+        given = [name for name, value in vars(untouched).items() if getattr(self, name) != value]
+        given += [name for name in ("logprobs", "result_path") if getattr(self, name)]
+        if given and not self.val_dataset:
+            raise UsageError(f"--{given[0]} goes with --val_dataset FILE")

@@ -82,8 +82,8 @@ class TemplateOptions:
 
 
 @dataclass
-class DataOptions:
-    """Where rows come from and what is done with long or bad ones."""
+class DatasetOptions:
+    """Where rows come from."""
 
     dataset: list[str] = opt(
         [],
@@ -91,9 +91,36 @@ class DataOptions:
         "#N behind one draws N rows, *0.3 takes 0.3 times its rows",
         group="data",
     )
+
+
+@dataclass
+class RowOptions:
+    """How rows are read, and what is done with bad ones."""
+
     columns: dict = opt(
         {}, 'names of your columns for those that formats know, such as \'{"text1": "query"}\'', group="data"
     )
+    on_bad_row: str = opt(
+        "error",
+        "a row that cannot be read: stop, or skip and count it",
+        group="data",
+        choices=["error", "skip"],
+    )
+    model_name: list[str] = opt([], "fills {{NAME}} in rows; two values: for Chinese rows, for others", group="data")
+    model_author: list[str] = opt([], "fills {{AUTHOR}} in rows; likewise", group="data")
+
+    def validate_rows(self) -> None:
+        for old, new in self.columns.items():
+            if not isinstance(new, str):
+                raise UsageError(f"--columns: {old!r} has {new!r}; a name is needed")
+        if len(set(self.columns.values())) < len(self.columns):
+            raise UsageError("--columns gives one name to two columns")
+
+
+@dataclass
+class DataOptions(RowOptions, DatasetOptions):
+    """Rows to train on, and what is done with long ones."""
+
     max_length: int = opt(4096, "tokens a row may have", group="data")
     truncation: str = opt(
         "delete",
@@ -108,21 +135,9 @@ class DataOptions:
         group="data",
         choices=["split", "whole"],
     )
-    on_bad_row: str = opt(
-        "error",
-        "a row that cannot be read: stop, or skip and count it",
-        group="data",
-        choices=["error", "skip"],
-    )
     seed: int = opt(42, "seed of all that is drawn: rows, their order, held-out rows, adapters, dropout", group="data")
-    model_name: list[str] = opt([], "fills {{NAME}} in rows; two values: for Chinese rows, for others", group="data")
-    model_author: list[str] = opt([], "fills {{AUTHOR}} in rows; likewise", group="data")
 
     def validate_data(self) -> None:
         if self.max_length < 1:
             raise UsageError(f"--max_length is {self.max_length}; it must be at least 1 token")
-        for old, new in self.columns.items():
-            if not isinstance(new, str):
-                raise UsageError(f"--columns: {old!r} has {new!r}; a name is needed")
-        if len(set(self.columns.values())) < len(self.columns):
-            raise UsageError("--columns gives one name to two columns")
+        self.validate_rows()

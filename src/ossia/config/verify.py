@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ossia.config.base import Config, opt
-from ossia.config.parts import ModelOptions
+from ossia.config.parts import ModelOptions, RowOptions
 from ossia.errors import UsageError
 
 
 @dataclass
-class VerifyConfig(ModelOptions, Config):
+class VerifyConfig(RowOptions, ModelOptions, Config):
     """Hold an exported model against what it was made from."""
 
     group_titles: ClassVar[dict[str, str]] = {
         "model": "which two",
         "compare": "what is compared",
+        "data": "how rows are read",
         "limits": "how far apart they may be",
         "run": "run",
     }
@@ -42,6 +43,7 @@ class VerifyConfig(ModelOptions, Config):
     )
 
     def validate(self) -> None:
+        self.validate_rows()
         if self.original is None or self.exported is None:
             raise UsageError("give two folders: ossia verify RUN/checkpoint-N EXPORTED")
         for name in ("rows", "max_length", "prompts", "max_new_tokens"):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from ossia.config.parts import DataOptions
+from ossia.config.parts import DataOptions, RowOptions
 from ossia.console import plain
 from ossia.data.formats import Read, read_row
 from ossia.data.readers import BadRow, Record, decode
@@ -194,8 +194,7 @@ class Renderer:
         except UsageError:
             raise
         except (OssiaError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            return Outcome(record.source, row, bad=f"{record.source}: {reason}")
+            return spoiled(record.source, error, row)
         if all(sample.fate == "untrained" for sample in samples):
             return outcome._replace(samples=samples, untrained=f"{record.source}: no token of this row carries loss")
         return outcome._replace(samples=samples)
@@ -247,13 +246,24 @@ class Renderer:
 _NO_ANSWER = "messages: no assistant; alpaca: no output; query: no response"
 
 
-def refuse(outcome: Outcome, options: DataOptions) -> None:
-    """Raise where the options ask to stop at such a row."""
+def spoiled(source: str, error: OssiaError | RecursionError, row: Any = None) -> Outcome:
+    """What becomes of a row that the template cannot take."""
+    reason = "nested too deeply" if isinstance(error, RecursionError) else error
+    return Outcome(source, row, bad=f"{source}: {reason}")
+
+
+def refuse_bad(outcome: Outcome, options: RowOptions) -> None:
+    """Raise where the options ask to stop at a bad row, or one without anything to train."""
     if options.on_bad_row == "error":
         if outcome.bad:
             raise BadRow(f"{outcome.bad} (skip bad rows with --on_bad_row skip)")
         if outcome.untrained:
             raise BadRow(f"{outcome.untrained}; mend it, or skip such rows with --on_bad_row skip")
+
+
+def refuse(outcome: Outcome, options: DataOptions) -> None:
+    """Raise where the options ask to stop at such a row."""
+    refuse_bad(outcome, options)
     if options.truncation == "error":
         for sample in outcome.samples:
             if sample.fate == "too_long":
@@ -263,23 +273,18 @@ def refuse(outcome: Outcome, options: DataOptions) -> None:
                 )
 
 
-def conversations(
-    words: list[str], options: DataOptions, counts: Counts, flag: str = "--dataset"
-) -> Iterator[Conversation]:
-    """Each readable row as a conversation, placeholders filled; nothing is rendered."""
-    for record in read_datasets(find_datasets(words, flag), options.seed):
+def read_rows(words: list[str], options: RowOptions, seed: int, flag: str = "--dataset") -> Iterator[Outcome]:
+    """Each row as a conversation, placeholders filled, or as a bad one; nothing is rendered."""
+    for record in read_datasets(find_datasets(words, flag), seed):
         try:
             found, filled = _read(decode(record), record.source, options)
         except BadRow as error:
-            outcome = Outcome(record.source, bad=str(error))
-            refuse(outcome, options)
+            yield Outcome(record.source, bad=str(error))
         else:
-            outcome = Outcome(record.source, format=found.format, unused=found.unused, filled=filled)
-            yield found.conversation
-        counts.add(outcome)
+            yield Outcome(record.source, None, found.format, found.unused, filled, found.conversation)
 
 
-def _read(row: Any, source: str, options: DataOptions) -> tuple[Read, bool]:
+def _read(row: Any, source: str, options: RowOptions) -> tuple[Read, bool]:
     found = read_row(row, source, options.columns)
     return found, _fill(found.conversation, options)
 
@@ -293,7 +298,7 @@ def _slice(rendered: Rendered, start: int, end: int) -> Rendered:
     )
 
 
-def _fill(conversation: Conversation, options: DataOptions) -> bool:
+def _fill(conversation: Conversation, options: RowOptions) -> bool:
     """Replace {{NAME}} and {{AUTHOR}}; of two values the first is for Chinese rows, the second for others."""
     values = {"name": options.model_name, "author": options.model_author}
     if not any(values.values()):

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from ossia.config.parts import DataOptions
-from ossia.data.render import Counts, conversations
+from ossia.config.parts import DataOptions, RowOptions
+from ossia.data.render import read_rows, refuse_bad
 from ossia.data.sources import find_datasets
 from ossia.errors import UsageError
 from ossia.template.messages import Conversation
@@ -16,27 +16,37 @@ from ossia.train.folder import options_of, run_of
 
 
 def conversations_of(
-    adapter: Path, named: list[str], part: Literal["dataset", "val_dataset"]
+    adapter: Path, named: list[str], part: Literal["dataset", "val_dataset"], options: RowOptions
 ) -> Iterator[Conversation] | None:
-    """Conversations of `--dataset`, else of a part of the adapter's run; None where neither is there.
+    """Conversations of `--dataset`, else of a part of the adapter's run, read as it did; None where neither is there.
 
     Raises:
         UsageError: `named` has a name of nothing.
-        OssiaError: a row that can't be read.
+        OssiaError: a row that can't be read, unless the options skip it.
     """
-    parent, options = run_of(adapter), DataOptions()
+    parent, seed = run_of(adapter), DataOptions().seed
     if named:
         find_datasets(named, "--dataset")
     elif parent is not None:
-        options = options_of(parent)
-        named = getattr(options, part)
+        trained = options_of(parent)
+        named, seed = getattr(trained, part), trained.seed
+        if options.on_bad_row == "skip":
+            trained.on_bad_row = "skip"
+        options = trained
         try:
             find_datasets(named, f"--{part}")
         except UsageError:
             return None
     if not named:
         return None
-    return (row for row in conversations(named, options, Counts()) if row.text is None)
+    return _read(named, options, seed)
+
+
+def _read(named: list[str], options: RowOptions, seed: int) -> Iterator[Conversation]:
+    for outcome in read_rows(named, options, seed):
+        refuse_bad(outcome, options)
+        if outcome.conversation is not None and outcome.conversation.text is None:
+            yield outcome.conversation
 
 
 def drawn(rows: Iterator[Conversation], count: int) -> list[Conversation]:

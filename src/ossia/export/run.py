@@ -127,7 +127,7 @@ def _calibration_texts(
         say(f"not calibrated: {reason}")
         return []
     try:
-        found = conversations_of(adapter, config.dataset, "dataset")
+        found = conversations_of(adapter, config.dataset, "dataset", config)
         if found is None:
             raise UsageError(f"the rows that {config.adapters[0]} was trained on are not there; give --dataset")
         rows = drawn(found, config.quant_n_samples)
@@ -165,7 +165,7 @@ def _verify(config: ExportConfig, adapter: Path, output: Path) -> None:
     command = [sys.executable, "-m", "ossia", "verify", str(adapter), str(output)]
     if config.model is not None:
         command += ["--model", config.model]
-    command += ["--device", config.device]
+    command += ["--device", config.device, "--on_bad_row", config.on_bad_row]
     done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         reason = done.stderr.strip().removeprefix("error: ") or f"{output}: verifying ended with {done.returncode}"

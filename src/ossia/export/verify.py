@@ -126,7 +126,7 @@ def _folder(name: str, *instead: str) -> Path:
 def _rows(config: VerifyConfig) -> list[Conversation]:
     """The rows that are asked for; else those held out of the run, else questions."""
     adapter = Path(str(config.original)).expanduser().resolve()
-    found = conversations_of(adapter, config.dataset, "val_dataset")
+    found = conversations_of(adapter, config.dataset, "val_dataset", config)
     if found is None:
         return [_question(question) for question in _QUESTIONS[: config.rows]]
     return list(islice(found, config.rows))

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 from ossia.adapters.files import CONFIG, WEIGHTS, check_adapter
 from ossia.adapters.origin import fingerprint
 from ossia.config import InferConfig
-from ossia.config.parts import DataOptions
 from ossia.console import progress, say
-from ossia.data.render import Counts, conversations
-from ossia.errors import UsageError
+from ossia.data.render import Counts, read_rows, refuse_bad, spoiled
+from ossia.errors import OssiaError, UsageError
 from ossia.infer.metrics import metrics_line
 from ossia.infer.sampling import Sampling, Token
 from ossia.template.base import Template
@@ -52,10 +51,7 @@ class Answers:
         Raises:
             UsageError: rows that cannot be read, a result that cannot be written, a rest of other rows or settings.
         """
-        rows = list(conversations(config.val_dataset, DataOptions(), Counts(), "--val_dataset"))
-        prompts = [
-            template.prompt(_question(row)[0], tools=row.tools, reasoning_effort=row.reasoning_effort) for row in rows
-        ]
+        rows, prompts = _read(config, template)
         answers = cls(config, template, Path(str(config.result_path)).expanduser(), rows, prompts)
         answers._take_up(_identity(config, base, template, rows, prompts))
         return answers
@@ -75,8 +71,8 @@ class Answers:
         for row in left:
             if len(self.prompts[row]) >= engine.max_length:
                 raise UsageError(
-                    f"--val_dataset: row {row + 1} has {len(self.prompts[row]):,} tokens; with room for an answer a "
-                    f"prompt may have {engine.max_length - 1:,}"
+                    f"--val_dataset: {self.rows[row].source} has {len(self.prompts[row]):,} tokens; with room for an "
+                    f"answer a prompt may have {engine.max_length - 1:,}"
                 )
         running: dict[Request, int] = {}
         for row in left:
@@ -198,6 +194,34 @@ def _identity(
 
 def _line(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def _read(config: InferConfig, template: Template) -> tuple[list[Conversation], list[list[int]]]:
+    """The rows that can be answered, and their prompts; says how many cannot, or stops, as the options want it."""
+    rows: list[Conversation] = []
+    prompts: list[list[int]] = []
+    counts = Counts()
+    for outcome in read_rows(config.val_dataset, config, config.seed, "--val_dataset"):
+        if (row := outcome.conversation) is not None:
+            try:
+                prompts.append(_prompt(row, template))
+                rows.append(row)
+            except (OssiaError, RecursionError) as error:
+                outcome = spoiled(outcome.source, error)
+        refuse_bad(outcome, config)
+        counts.add(outcome)
+    if counts.bad:
+        say(f"--val_dataset: {counts.bad:,} bad rows skipped, first: {counts.first_bad}")
+    if not rows:
+        raise UsageError(f"--val_dataset {' '.join(config.val_dataset)}: no row to answer")
+    return rows, prompts
+
+
+def _prompt(row: Conversation, template: Template) -> list[int]:
+    messages = _question(row)[0] if row.messages else []
+    if not messages:
+        raise OssiaError("nothing is asked in this row; it needs a message before the answer")
+    return template.prompt(messages, tools=row.tools, reasoning_effort=row.reasoning_effort)
 
 
 def _question(row: Conversation) -> tuple[list[Message], str | None]:

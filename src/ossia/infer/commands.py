@@ -16,6 +16,7 @@ from ossia.infer.display import THINK
 from ossia.infer.session import Session
 from ossia.template.messages import EFFORTS
 
+NONE = "-"
 PARAMS = ("temperature", "top_p", "max_new_tokens", "seed")
 
 
@@ -59,7 +60,7 @@ def _help(session: Session, argument: str) -> None:
 
 def _system(session: Session, argument: str) -> None:
     if argument:
-        session.config = dataclasses.replace(session.config, system=argument)
+        session.config = dataclasses.replace(session.config, system=None if argument == NONE else argument)
     session.note(f"system: {session.config.system or '(none)'}")
 
 
@@ -149,7 +150,7 @@ def _exit(session: Session, argument: str) -> None:
 
 COMMANDS = {
     "help": Command("", "this list", _help),
-    "system": Command("TEXT", "instructions from now on; without TEXT: show them", _system),
+    "system": Command("TEXT", f"instructions from now on; {NONE}: none; without TEXT: show them", _system),
     "effort": Command("|".join(EFFORTS), "how long the model reasons", _effort),
     "think": Command("|".join(THINK), "print reasoning, nothing of it, or one line about it", _think),
     "params": Command("NAME VALUE", f"set {', '.join(PARAMS)}; without NAME: show them", _params),

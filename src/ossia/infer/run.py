@@ -31,7 +31,8 @@ def run(config: InferConfig) -> None:
     else:
         from ossia.infer.chat import chat
 
-        chat(load_engine(config), config)
+        # A conversation has its system text itself, so that it can do without.
+        chat(load_engine(config, system=False), config)
 
 
 def answer_rows(config: InferConfig) -> None:
@@ -47,9 +48,14 @@ def answer_rows(config: InferConfig) -> None:
     answers.finish()
 
 
-def load_engine(config: InferConfig) -> Any:
-    """An engine for one request at a time; everything wrong with names and files is said before weights load."""
-    folder, template = template_of(config)
+def load_engine(config: InferConfig, system: bool = True) -> Any:
+    """An engine for one request at a time; everything wrong with names and files is said before weights load.
+
+    Args:
+        config: names, files and settings.
+        system: see `template_of`.
+    """
+    folder, template = template_of(config, system)
     from ossia.infer.engine import Engine
 
     return Engine(model_of(config, folder), template, max_batch_size=1)
@@ -80,13 +86,19 @@ def model_of(config: InferConfig, folder: Path) -> Any:
     return model
 
 
-def template_of(config: InferConfig) -> tuple[Path, Template]:
-    """The base model's folder and the template; the first adapter's run settles in `config` what was left open."""
+def template_of(config: InferConfig, system: bool = True) -> tuple[Path, Template]:
+    """The base model's folder and the template; the first adapter's run settles in `config` what was left open.
+
+    Args:
+        config: names and settings.
+        system: whether the template puts the options' system text where messages have none.
+    """
     adapter = check_adapter(config.adapters[0]) if config.adapters else None
     if adapter:
         _settings_of_run(config, adapter)
     folder = resolve_model(config.model or base_model_of(adapter))  # type: ignore[arg-type]
-    return folder, template_from(load_tokenizer(folder), config)
+    options = config if system else dataclasses.replace(config, system=None)
+    return folder, template_from(load_tokenizer(folder), options)
 
 
 def _settings_of_run(config: InferConfig, adapter: Path) -> None:
