@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -301,18 +302,131 @@ def test_bad_input_is_named_before_a_tensor_is_read(base, adapter, tiny_gpt_oss,
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, RuntimeError])
-def test_a_stop_leaves_nothing(base, adapter, tmp_path, monkeypatch, error):
-    """Neither of this export nor of one that was killed before."""
-    (tmp_path / ".out.part").mkdir()
-    (tmp_path / ".out.part" / FILE).touch()
-
+def test_a_stop_keeps_what_is_finished(base, adapter, whole, tmp_path, monkeypatch, capsys, error):
     def stop(*args: object) -> None:
         raise error
 
+    monkeypatch.setattr(tensors_module, "PIECE_VALUES", {"cpu": 5000})
     monkeypatch.setattr(module, "check_file", stop)
-    with pytest.raises(OssiaError if error is OSError else error):
+    with pytest.raises(OssiaError if error is OSError else error) as raised:
+        merge_gguf(base, adapter, tmp_path / "out")
+    assert os.listdir(tmp_path) == [".out.part"]
+    assert "finished tensors stay in" in str(raised.value) + capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(tensors_module.RowWriter, "write", lambda *args: pytest.fail("written again"))
+    assert content(merge_gguf(base, adapter, tmp_path / "out")) == content(whole)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_stop_before_anything_is_finished_leaves_nothing(base, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors_module.RowWriter, "write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
         merge_gguf(base, adapter, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from ossia.export import gguf, tensors
+from ossia.export.gguf import merge_gguf
+
+base, adapter, out = map(Path, sys.argv[1:])
+tensors.PIECE_VALUES = {"cpu": 5000}
+pwrite, replace, check_file = os.pwrite, Path.replace, gguf.check_file
+
+def child(work):
+    process = os.fork()
+    if not process:
+        try:
+            work()
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def export(in_write=0, in_record=0, in_check=False):
+    # Killed in the middle of the n-th write or just before the n-th record takes its name, or when all is written.
+    count = {"write": 0, "record": 0}
+
+    def write(handle, data, start):
+        count["write"] += 1
+        if count["write"] == in_write:
+            pwrite(handle, data[: len(data) // 2], start)
+            die()
+        return pwrite(handle, data, start)
+
+    def named(path, target):
+        count["record"] += path.suffix == ".new"
+        if count["record"] == in_record and path.suffix == ".new":
+            die()
+        return replace(path, target)
+
+    tensors.os.pwrite, Path.replace = write, named
+    gguf.check_file = die if in_check else check_file
+    merge_gguf(base, adapter, out)
+
+gguf._checked_config(base)  # imports once what every child needs
+for number, moment in enumerate([
+    dict(in_write=1), dict(in_write=2), dict(in_write=5), dict(in_record=1), dict(in_write=9), dict(in_record=3),
+    dict(in_write=12), dict(in_write=10), dict(in_record=4), dict(in_check=True),
+]):
+    print("killed" if child(lambda: export(**moment)) == -signal.SIGKILL else "ended", number, flush=True)
+    assert not out.exists()
+print("finished", child(export), flush=True)
+"""
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(base, adapter, tmp_path_factory) -> Path:
+    """An export that nothing stopped, in many pieces."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors_module, "PIECE_VALUES", {"cpu": 5000})
+        return merge_gguf(base, adapter, tmp_path_factory.mktemp("whole") / "out")
+
+
+def test_killed_at_any_moment_it_goes_on_and_ends_the_same(base, adapter, whole, tmp_path):
+    command = [sys.executable, "-u", "-c", KILLED, base, adapter, tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith(("killed", "ended"))] == [f"killed {n}" for n in range(10)]
+    resumed = [int(line.split()[6]) for line in lines if line.startswith("going on with a stopped export")]
+    assert len(resumed) >= 6
+    assert resumed == sorted(resumed)
+    assert lines[-1] == "finished 0"
+    assert os.listdir(tmp_path) == ["out"]
+    assert content(tmp_path / "out") == content(whole)
+
+
+@pytest.mark.parametrize("changed", ["adapter", "template"])
+def test_what_another_export_left_is_not_used(base, adapter, tmp_path, monkeypatch, changed):
+    own = tmp_path / "base"
+    own.mkdir()
+    for file in base.iterdir():
+        (own / file.name).write_bytes(file.read_bytes())
+        os.utime(own / file.name, (0, 0))
+    monkeypatch.setattr(module, "check_file", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        merge_gguf(own, adapter, tmp_path / "out")
+    monkeypatch.undo()
+    if changed == "adapter":
+        adapter = make_adapter(base, tmp_path / "adapter", seed=7)
+    else:
+        (own / "chat_template.jinja").write_text("{{ other }}")
+    whole = merge_gguf(own, adapter, tmp_path / "whole" / "out")
+    assert content(merge_gguf(own, adapter, tmp_path / "out")) == content(whole)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_file_that_reads_back_otherwise_is_refused(base, adapter, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,8 @@ from ossia.console import progress, say
 from ossia.errors import OssiaError, UsageError
 from ossia.export.calibrate import Calibration
 from ossia.export.folder import check_output
-from ossia.export.merge import CALIBRATION, check_space, merged_units, write_report
-from ossia.export.shards import Part, Rounding, Unit
+from ossia.export.merge import CALIBRATION, check_space, key_of, merged_units, write_report
+from ossia.export.shards import Done, Part, Rounding, Unit
 from ossia.export.tensors import RowWriter
 from ossia.kernels.mxfp4 import BLOCK
 from ossia.model.folder import by_file, read_json, weight_files
@@ -102,7 +103,8 @@ def merge_gguf(
     """Write the merged model to `output`, with licence and Ollama's Modelfile, complete or not at all.
 
     Weights are those of `merge` with its `dtype` None, and so is `export_report.json`. The file is read back before the
-    folder gets its name. What stops leaves nothing, or after a kill `.NAME.part`, which the next call removes.
+    folder gets its name. What a stopped export has finished stays in `.NAME.part` beside `output`, also when it is
+    killed in the middle of a tensor, and the same call goes on from there.
 
     Args:
         base: folder of a gpt-oss, experts in MXFP4 or floating point.
@@ -117,32 +119,36 @@ def merge_gguf(
     check_output(output)
     config = _checked_config(base)
     names = _names(config.num_hidden_layers)
-    units = merged_units(base, by_file(weight_files(base)), adapter, None, calibration, device)
+    files = by_file(weight_files(base))
+    units = merged_units(base, files, adapter, None, calibration, device)
     planned = _plan(base, units, names)
-    check_space(sum(tensor.nbytes for tensor in planned.values()) + (calibration.nbytes if calibration else 0), output)
-    part = Part(output, {"format": "gguf"})
-    try:
-        part.folder.mkdir(parents=True)
-        if calibration:
-            calibration.collect(part.folder / CALIBRATION)
+    part = Part(output, key_of(files, adapter, calibration, format="gguf"), "tensors")
+    to_do = [unit for unit in units if _label(unit) not in part.done]
+    left = sum(planned[name].nbytes for unit in to_do for name in _targets(unit, names))
+    check_space(left + (calibration.nbytes if calibration and left else 0), output)
+    with part.kept_over_stops():
+        part.folder.mkdir(parents=True, exist_ok=True)
         file = part.folder / FILE
-        head, spans = _head(file, base, output.name, config, planned)
-        roundings, digests = _write(file, head, spans, units, names, planned)
+        head, spans = _head(part.folder / "head", base, output.name, config, planned)
+        writer = RowWriter(file, head, spans, resumes=True)
+        if not writer.resumed:
+            part.forget()
+        elif part.done:
+            say(f"going on with a stopped export: {len(part.done)} of {len(units)} tensors are finished")
+        if calibration and len(part.done) < len(units):
+            calibration.collect(part.folder / CALIBRATION)
+        _write(writer, part, units, names, planned)
         os.truncate(file, gguf.GGUFWriter.ggml_pad(file.stat().st_size, gguf.GGUF_DEFAULT_ALIGNMENT))
-        check_file(file, planned, digests)
+        check_file(
+            file, planned, {name: found for done in part.done.values() for name, found in done["digests"].items()}
+        )
         for licence in base.glob("LICENSE*"):
             shutil.copyfile(licence, part.folder / licence.name)
         (part.folder / MODELFILE).write_text(_MODELFILE, encoding="utf-8")
-        if roundings:
+        if roundings := part.roundings():
             write_report(part.folder, roundings)
         shutil.rmtree(part.folder / CALIBRATION, ignore_errors=True)
         part.finish(output)
-    except OSError as error:
-        part.remove()
-        raise OssiaError(f"{part.folder}: not written ({error.strerror or error}); nothing is left behind") from error
-    except BaseException:
-        part.remove()
-        raise
     return output
 
 
@@ -212,19 +218,30 @@ def _is_matrix(name: str) -> bool:
     return name.endswith(".weight") and not name.endswith(("norm.weight", "attn_sinks.weight", "ffn_gate_inp.weight"))
 
 
+def _label(unit: Unit) -> str:
+    return next(iter(unit.outputs))
+
+
+def _targets(unit: Unit, names: dict[str, tuple[str, ...]]) -> list[str]:
+    """A unit's tensors by llama.cpp's names."""
+    found = [name.removesuffix("_blocks") for name in unit.outputs if not name.endswith("_scales")]
+    return [ours for name in found for ours in names[name]]
+
+
 def _write(
-    file: Path,
-    head: bytes,
-    spans: dict[str, tuple[int, int]],
-    units: list[Unit],
-    names: dict[str, tuple[str, ...]],
-    planned: dict[str, Planned],
-) -> tuple[dict[str, Rounding], dict[str, str]]:
-    """Write the file; what rounding did, and the sha256 of each tensor."""
-    roundings: dict[str, Rounding] = {}
-    hashes = {name: hashlib.sha256() for name in planned}
-    with RowWriter(file, head, spans) as writer, progress("merging", len(units), "tensors") as advance:
+    writer: RowWriter, part: Part, units: list[Unit], names: dict[str, tuple[str, ...]], planned: dict[str, Planned]
+) -> None:
+    """Write the tensors that are not there yet; each is recorded, with its sha256, when it is on the disk."""
+    with writer, progress("merging", len(units), "tensors") as advance:
         for unit in units:
+            targets = _targets(unit, names)
+            if _label(unit) in part.done:
+                for target in targets:
+                    writer.pass_over(target)
+                advance(1)
+                continue
+            roundings: dict[str, Rounding] = {}
+            hashes = {target: hashlib.sha256() for target in targets}
             for name, rows in _rows(unit, roundings):
                 ours = names[name]
                 for turn, target in enumerate(ours):
@@ -233,8 +250,9 @@ def _write(
                     own = (own if kind == Type.MXFP4 else own.to(_DTYPES[kind])).contiguous()
                     hashes[target].update(own.view(-1).view(torch.uint8).numpy().data)
                     writer.write(target, own)
+            digests = {name: found.hexdigest() for name, found in hashes.items()}
+            writer.once_written(partial(part.record, _label(unit), Done(roundings=roundings, digests=digests)))
             advance(1)
-    return roundings, {name: found.hexdigest() for name, found in hashes.items()}
 
 
 _DTYPES = {Type.F32: torch.float32, Type.BF16: torch.bfloat16}

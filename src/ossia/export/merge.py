@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ from ossia.model.stream import Stored, find_tensors, read_rows
 _EXPERTS = tuple(f".experts.{projection}" for projection in PROJECTIONS)
 _BIASES = tuple(f"{name}_bias" for name in _EXPERTS)
 CALIBRATION = "calibration"
-_RECIPE = 2
+_RECIPE = 3
 """Version of what is written; with another one an interrupted export starts again."""
 
 
@@ -81,14 +80,14 @@ def merge(
     units = merged_units(base, files, adapter, dtype, calibration, device)
     shards = pack(units, shard_bytes)
 
-    key = _key(files, adapter, dtype, shard_bytes) | {"calibration": calibration and calibration.key}
-    part = Part(output, key)
+    key = key_of(files, adapter, calibration, dtype=str(dtype), shard_bytes=shard_bytes)
+    part = Part(output, key, "weight files")
     done = {shard.file for shard in shards if part.has(shard)}
     left = sum(shard.nbytes for shard in shards if shard.file not in done)
     check_space(left + (calibration.nbytes if calibration and left else 0), output)
     if done:
         say(f"going on with a stopped export: {len(done)} of {len(shards)} weight files are finished")
-    try:
+    with part.kept_over_stops():
         if calibration and left:
             calibration.collect(part.folder / CALIBRATION)
         started = time.perf_counter()
@@ -102,19 +101,10 @@ def merge(
         say(f"{left / 1e9:.1f} GB merged: {made:.1f} s reading and computing, {part.waited:.1f} s waiting for the disk")
         write_rest(base, part.folder, None if dtype is None else str(dtype).removeprefix("torch."))
         _write_index(part.folder, shards)
-        roundings = {name: rounding for shard in shards for name, rounding in part.done[shard.file].items()}
-        if roundings:
+        if roundings := part.roundings():
             write_report(part.folder, roundings)
         shutil.rmtree(part.folder / CALIBRATION, ignore_errors=True)
         part.finish(output)
-    except OssiaError:
-        part.remove()
-        raise
-    except OSError as error:
-        raise OssiaError(f"{part.folder}: not written ({error.strerror or error}); {_left(part)}") from error
-    except BaseException:
-        say(_left(part))
-        raise
     return output
 
 
@@ -133,14 +123,6 @@ def merged_units(
     units = list(_Merge(stored, deltas, dtype, calibration, device or torch.device("cpu")).units())
     check_origin(adapter, base)
     return units
-
-
-def _left(part: Part) -> str:
-    """Tidy up after a stop, and say what is left."""
-    if not part.done:
-        part.remove()
-        return "nothing is left behind"
-    return f"{len(part.done)} finished weight files stay in {part.folder}; the same command goes on from there"
 
 
 @dataclass(frozen=True)
@@ -377,14 +359,19 @@ def _check_stored(base: Path, stored: dict[str, Stored], dtype: torch.dtype | No
             )
 
 
-def _key(files: Iterable[Path], adapter: Path, dtype: torch.dtype | None, shard_bytes: int) -> dict[str, Any]:
-    """What the written bytes depend on."""
+def key_of(files: Iterable[Path], adapter: Path, calibration: Calibration | None, **how: object) -> dict[str, object]:
+    """What the written bytes depend on, for `Part`."""
     facts = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)}
     found = hashlib.sha256(repr(facts).encode())
     for name in (CONFIG, WEIGHTS):
         with (adapter / name).open("rb") as file:
             found.update(hashlib.file_digest(file, "sha256").digest())
-    return {"recipe": _RECIPE, "sources": found.hexdigest(), "dtype": str(dtype), "shard_bytes": shard_bytes}
+    return {
+        "recipe": _RECIPE,
+        "sources": found.hexdigest(),
+        "calibration": calibration and calibration.key,
+        **how,
+    }
 
 
 def check_space(need: int, output: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from torch import Tensor
 
+from ossia.console import say
 from ossia.errors import OssiaError
 from ossia.export.tensors import Spec, Writer
 from ossia.model.folder import read_json
@@ -18,6 +21,13 @@ from ossia.model.stream import read_header
 
 Rounding = dict[str, float]
 """How a tensor fared in MXFP4; see `merge`."""
+
+
+class Done(TypedDict):
+    """What is known of something finished: how its tensors were rounded, and sha256 by tensor where it is kept."""
+
+    roundings: dict[str, Rounding]
+    digests: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -71,13 +81,14 @@ class Part:
 
     Args:
         output: the folder's final place.
-        key: what the weight files depend on. An unfinished export with another key is removed.
+        key: what the weights depend on. An unfinished export with another key is removed.
+        kind: what is finished one after another, in words.
     """
 
-    def __init__(self, output: Path, key: dict[str, Any]) -> None:
+    def __init__(self, output: Path, key: dict[str, object], kind: str) -> None:
         self.folder = output.parent / f".{output.name}.part"
-        self._key, self._record = key, self.folder / "export.part.json"
-        self.done: dict[str, dict[str, Rounding]] = {}
+        self._key, self._record, self._kind = key, self.folder / "export.part.json", kind
+        self.done: dict[str, Done] = {}
         self.waited = 0.0
         """Seconds for which the disk held up the merge."""
         if self.folder.exists():
@@ -103,8 +114,41 @@ class Part:
                     writer.write(name, rows)
                 advance(1)
         self.waited += writer.waited
-        self.done[shard.file] = roundings
-        self._save()
+        self.record(shard.file, Done(roundings=roundings, digests={}))
+
+    def record(self, name: str, done: Done) -> None:
+        """Keep in mind, through any stop, that this much is finished; its bytes are on the disk."""
+        self.done[name] = done
+        new = self._record.with_suffix(".new")
+        with new.open("w", encoding="utf-8") as file:
+            json.dump({"key": self._key, "done": self.done}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self._record)
+
+    @contextmanager
+    def kept_over_stops(self) -> Iterator[None]:
+        """Around the work: what is finished stays when it stops, unless it is found to be wrong."""
+        try:
+            yield
+        except OssiaError:
+            self.remove()
+            raise
+        except OSError as error:
+            raise OssiaError(f"{self.folder}: not written ({error.strerror or error}); {self._left()}") from error
+        except BaseException:
+            say(self._left())
+            raise
+
+    def roundings(self) -> dict[str, Rounding]:
+        """Of everything that is done, in its order."""
+        return {name: rounding for done in self.done.values() for name, rounding in done["roundings"].items()}
+
+    def forget(self) -> None:
+        """Start again, with an empty folder."""
+        self.remove()
+        self.done = {}
+        self.folder.mkdir(parents=True)
 
     def finish(self, output: Path) -> None:
         """Give the folder its name."""
@@ -123,11 +167,13 @@ class Part:
         except OssiaError:
             record = {}
         if record.get("key") == self._key:
-            self.done = record["shards"]
+            self.done = record["done"]
         else:
             self.remove()
 
-    def _save(self) -> None:
-        new = self._record.with_suffix(".new")
-        new.write_text(json.dumps({"key": self._key, "shards": self.done}), encoding="utf-8")
-        new.replace(self._record)
+    def _left(self) -> str:
+        """Tidy up after a stop, and say what is left."""
+        if not self.done:
+            self.remove()
+            return "nothing is left behind"
+        return f"{len(self.done)} finished {self._kind} stay in {self.folder}; the same command goes on from there"

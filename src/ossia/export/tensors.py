@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -55,10 +55,17 @@ class RowWriter:
         path: of the file.
         head: its first bytes.
         spans: first and last byte (exclusive) of each tensor, by name.
+        resumes: what a stop leaves stays, and one with this head is gone on with; tensors that it has whole are to be
+            passed over.
     """
 
-    def __init__(self, path: Path, head: bytes, spans: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, path: Path, head: bytes, spans: Mapping[str, tuple[int, int]], *, resumes: bool = False) -> None:
         self.path, self.part = path, path.with_name(f"{path.name}.part")
+        self._resumes = resumes
+        if resumes and path.exists():
+            path.replace(self.part)
+        self.resumed = resumes and _begins_with(self.part, head)
+        """Whether there is a file to go on with."""
         self._head = head
         self._next = {name: start for name, (start, _) in spans.items()}
         self._ends = {name: end for name, (_, end) in spans.items()}
@@ -66,12 +73,16 @@ class RowWriter:
         """Seconds for which the caller waited for the disk."""
 
     def __enter__(self) -> Self:
-        self._file = self.part.open("wb", buffering=0)
+        self._file = self.part.open("r+b" if self.resumed else "wb", buffering=0)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ossia-write")
         self._waiting: deque[Future[None]] = deque()
         self._dirty = 0
         self._write(self._head, 0)
         return self
+
+    def pass_over(self, name: str) -> None:
+        """A tensor is there, whole."""
+        self._next[name] = self._ends[name]
 
     def write(self, name: str, rows: Tensor) -> None:
         """The next rows of a tensor."""
@@ -82,6 +93,17 @@ class RowWriter:
         self._next[name] += len(data)
         self._wait(_WAITING - 1)
         self._waiting.append(self._thread.submit(self._write, data, start))
+
+    def once_written(self, action: Callable[[], None]) -> None:
+        """Call `action` when everything given so far is on the disk, on the thread that writes."""
+
+        def act() -> None:
+            os.fsync(self._file.fileno())
+            self._dirty = 0
+            action()
+
+        self._wait(_WAITING - 1)
+        self._waiting.append(self._thread.submit(act))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -98,7 +120,8 @@ class RowWriter:
             if error is None:
                 self.part.replace(self.path)
         finally:
-            self.part.unlink(missing_ok=True)
+            if not self._resumes:
+                self.part.unlink(missing_ok=True)
 
     def _wait(self, left: int) -> None:
         """Until no more than `left` writes are waiting; OSError where one failed."""
@@ -115,6 +138,14 @@ class RowWriter:
         if self._dirty >= _FLUSH:
             os.fsync(self._file.fileno())
             self._dirty = 0
+
+
+def _begins_with(file: Path, head: bytes) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(head)) == head
+    except FileNotFoundError:
+        return False
 
 
 class Writer(RowWriter):
