@@ -239,6 +239,7 @@ def test_completions(client):
         ("chat/completions", {"max_tokens": 2001}, 400, "max_tokens", "at most 2,000"),
         ("chat/completions", {"n": 100}, 400, "n", "at most 72"),
         ("chat/completions", {"stop": ""}, 400, "stop", "at least 1"),
+        ("chat/completions", {"stop": ["x"] * 17}, 400, "stop", "at most 16"),
         ("chat/completions", {"tool_choice": "required"}, 400, "tool_choice", "needs a function"),
         ("chat/completions", {"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools[0].function.name", "pattern"),
         ("chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}}, 400, "response_format", "cannot be followed"),

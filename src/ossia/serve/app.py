@@ -252,7 +252,8 @@ async def _first_of(work: Coroutine[Any, Any, Any], *ends: Coroutine[Any, Any, N
 def _model(service: Service, name: str) -> dict[str, Any]:
     base = service.models[-1]
     parent = {} if name == base else {"parent": base}
-    return {"id": name, "object": "model", "created": service.created, "owned_by": "ossia", **parent}
+    room = {"max_model_len": service.engine.max_length}
+    return {"id": name, "object": "model", "created": service.created, "owned_by": "ossia", **room, **parent}
 
 
 def _page() -> tuple[str, dict[str, str]]:
@@ -289,7 +290,8 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    # Of a field that may be of several types, the one that it is of says more than those that it is not.
+    first = min(error.errors(), key=lambda each: each["type"].endswith("_type"))
     param = ""
     for step in filter(_is_field, first["loc"][1:]):
         param += f"[{step}]" if isinstance(step, int) else f".{step}" if param else str(step)

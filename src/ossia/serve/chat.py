@@ -8,11 +8,11 @@ from typing import Any
 from llguidance import LLMatcher
 
 from ossia.infer.engine import Sampling, Token
-from ossia.serve.answer import Delta, usage
-from ossia.serve.errors import ApiError, bad
+from ossia.serve.answer import Answer, Delta, usage
+from ossia.serve.errors import bad
 from ossia.serve.grammar import Vocabulary
 from ossia.serve.schema import ChatMessage, ChatRequest, Content, Stops
-from ossia.serve.service import Ask, Run, Service, check_schema, event, new_id
+from ossia.serve.service import Ask, Run, Service, check_schema, new_id
 from ossia.template.messages import Message, ToolCall
 
 
@@ -114,30 +114,17 @@ async def answer_chat(body: ChatRequest, run: Run) -> dict[str, Any]:
     return {**head, "choices": choices, "usage": usage(run.prompt_tokens, answers)}
 
 
-async def stream_chat(body: ChatRequest, run: Run) -> AsyncIterator[str]:
+def stream_chat(body: ChatRequest, run: Run) -> AsyncIterator[str]:
     """The answer as server-sent events."""
-    head = run.head("chatcmpl-", "chat.completion.chunk")
-    with_usage = bool(body.stream_options and body.stream_options.include_usage)
 
-    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, tokens: Any = None) -> str:
-        choice = {"index": index, "delta": delta, "logprobs": tokens, "finish_reason": reason}
-        return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+    def piece(answer: Answer, delta: Delta | None) -> dict[str, Any]:
+        if delta is None:
+            return {"delta": {}, "logprobs": None}
+        return {"delta": _delta(delta), "logprobs": logprobs(list(delta.tokens), answer.vocabulary, True)}
 
-    try:
-        for index in range(len(run.answers)):
-            yield chunk(index, {"role": "assistant", "content": ""})
-        async for index, deltas in run.deltas():
-            answer = run.answers[index]
-            for delta in deltas:
-                yield chunk(index, _delta(delta), tokens=logprobs(list(delta.tokens), answer.vocabulary, True))
-            if answer.reason is not None:
-                yield chunk(index, {}, answer.reason)
-        if with_usage:
-            yield event({**head, "choices": [], "usage": usage(run.prompt_tokens, run.answers)})
-    except ApiError as error:
-        yield event(error.body())
-        return
-    yield event("[DONE]")
+    role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+    begin = [(index, role) for index in range(len(run.answers))]
+    return run.chunks(run.head("chatcmpl-", "chat.completion.chunk"), body.stream_options, begin, piece)
 
 
 def _delta(delta: Delta) -> dict[str, Any]:

@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from ossia.infer.engine import Sampling, Token
-from ossia.serve.answer import PlainSplitter, usage
+from ossia.serve.answer import Answer, Delta, PlainSplitter, usage
 from ossia.serve.chat import stop_list
-from ossia.serve.errors import ApiError, bad
+from ossia.serve.errors import bad
 from ossia.serve.grammar import Vocabulary
 from ossia.serve.schema import CompletionRequest
-from ossia.serve.service import Ask, Run, Service, event
+from ossia.serve.service import Ask, Run, Service
 
 DEFAULT_TOKENS = 16
 
@@ -67,30 +67,17 @@ async def answer_completion(body: CompletionRequest, run: Run) -> dict[str, Any]
 
 async def stream_completion(body: CompletionRequest, run: Run) -> AsyncIterator[str]:
     """The answers as server-sent events."""
-    head = run.head("cmpl-", "text_completion")
-    with_usage = bool(body.stream_options and body.stream_options.include_usage)
 
-    def chunk(index: int, text: str, reason: str | None = None, tokens: Any = None) -> str:
-        choice = {"index": index, "text": text, "logprobs": tokens, "finish_reason": reason}
-        return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+    def piece(answer: Answer, delta: Delta | None) -> dict[str, Any]:
+        if delta is None:
+            return {"text": "", "logprobs": None}
+        start = len(answer.content) - len(delta.text)
+        return {"text": delta.text, "logprobs": _logprobs(list(delta.tokens), answer.vocabulary, start)}
 
-    try:
-        for index, echo in enumerate(await _echoes(body, run)):
-            if echo:
-                yield chunk(index, echo)
-        async for index, deltas in run.deltas():
-            answer = run.answers[index]
-            for delta in deltas:
-                start = len(answer.content) - len(delta.text)
-                yield chunk(index, delta.text, None, _logprobs(list(delta.tokens), answer.vocabulary, start))
-            if answer.reason is not None:
-                yield chunk(index, "", answer.reason)
-        if with_usage:
-            yield event({**head, "choices": [], "usage": usage(run.prompt_tokens, run.answers)})
-    except ApiError as error:
-        yield event(error.body())
-        return
-    yield event("[DONE]")
+    echoes = await _echoes(body, run)
+    begin = [(index, {"text": echo, "logprobs": None}) for index, echo in enumerate(echoes) if echo]
+    async for text in run.chunks(run.head("cmpl-", "text_completion"), body.stream_options, begin, piece):
+        yield text
 
 
 def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:

@@ -16,10 +16,11 @@ from llguidance import LLMatcher
 from ossia.config.serve import ServeConfig
 from ossia.errors import OssiaError
 from ossia.infer.engine import Engine, Sampling, Token
-from ossia.serve.answer import Answer, Delta, Splitter
+from ossia.serve.answer import Answer, Delta, Splitter, usage
 from ossia.serve.errors import ApiError, bad
 from ossia.serve.grammar import Mask, Vocabulary
 from ossia.serve.metrics import Metrics
+from ossia.serve.schema import StreamOptions
 from ossia.serve.worker import Prompt, Work, Worker
 from ossia.template.base import Template
 from ossia.template.messages import Message
@@ -94,6 +95,42 @@ class Run:
             if (mask := self._masks[index]) is not None and mask.failed:
                 raise bad(f"the answer could not follow the schema ({mask.failed[:200]})", "response_format")
             yield index, answer.end(item.reason)
+
+    async def chunks(
+        self,
+        head: dict[str, Any],
+        options: StreamOptions | None,
+        begin: Sequence[tuple[int, dict[str, Any]]],
+        piece: Callable[[Answer, Delta | None], dict[str, Any]],
+    ) -> AsyncIterator[str]:
+        """The answers as server-sent events of chats and completions.
+
+        Args:
+            head: of each.
+            begin: (answer, choice) that come before all.
+            piece: the choice that holds a delta of an answer; of None: the one that ends it.
+        """
+        with_usage = bool(options and options.include_usage)
+
+        def chunk(index: int, choice: dict[str, Any], reason: str | None = None) -> str:
+            choice = {"index": index, **choice, "finish_reason": reason}
+            return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+
+        try:
+            for index, choice in begin:
+                yield chunk(index, choice)
+            async for index, deltas in self.deltas():
+                answer = self.answers[index]
+                for delta in deltas:
+                    yield chunk(index, piece(answer, delta))
+                if answer.reason is not None:
+                    yield chunk(index, piece(answer, None), answer.reason)
+            if with_usage:
+                yield event({**head, "choices": [], "usage": usage(self.prompt_tokens, self.answers)})
+        except ApiError as error:
+            yield event(error.body())
+            return
+        yield event("[DONE]")
 
     async def finish(self) -> list[Answer]:
         """The whole answers."""
