@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ossia.errors import UsageError
-from ossia.model.folder import read_json, weight_files
+from ossia.model.folder import read_json
 
 INDEX = "model.safetensors.index.json"
 REPORT = "export_report.json"
@@ -36,11 +36,6 @@ MXFP4 = {
     ],
 }
 """What openai/gpt-oss-20b's config.json says of its quantization."""
-
-
-def holds_mxfp4(folder: Path) -> bool:
-    """Whether a model's experts are stored in MXFP4."""
-    return any(name.endswith("_proj_blocks") for name in weight_files(folder))
 
 
 def check_output(output: Path) -> None:

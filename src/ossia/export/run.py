@@ -16,12 +16,12 @@ from ossia.console import say, tool
 from ossia.data.sources import find_datasets
 from ossia.errors import OssiaError, UsageError
 from ossia.export.card import write_card
-from ossia.export.folder import check_output, holds_mxfp4, write_json
+from ossia.export.folder import check_output, write_json
 from ossia.export.hub import Hub, amount, open_hub, push, show, sizes, staged_adapter, staged_model
 from ossia.export.rows import conversations_of, drawn
 from ossia.export.verify import RESULT
 from ossia.infer.run import template_of
-from ossia.model.folder import read_json, resolve_model, weight_files
+from ossia.model.folder import holds_mxfp4, read_json, resolve_model, weight_files
 from ossia.train.adapters import one_adapter
 
 _INSTEAD = "--format bf16 rounds nothing"
@@ -113,7 +113,7 @@ def _merge(config: ExportConfig, adapter: Path, named: str, output: Path) -> Non
 
 
 def _format_of(base: Path) -> str:
-    return "mxfp4" if holds_mxfp4(base) else "bf16"
+    return "mxfp4" if holds_mxfp4(weight_files(base)) else "bf16"
 
 
 def _calibration_texts(

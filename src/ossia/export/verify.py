@@ -16,8 +16,9 @@ from ossia.config.parts import ModelOptions, TemplateOptions
 from ossia.console import progress, say
 from ossia.errors import OssiaError, UsageError
 from ossia.export.card import put_verification
-from ossia.export.folder import holds_mxfp4, write_json
+from ossia.export.folder import write_json
 from ossia.export.rows import conversations_of
+from ossia.model.folder import holds_mxfp4, weight_files
 from ossia.template.messages import Conversation, Message
 
 RESULT = "verification.json"
@@ -207,7 +208,7 @@ def _prompt(template: Any, text: Conversation) -> list[int]:
 def _compare(config: VerifyConfig, exported: Path, first: _Reading, second: _Reading) -> Verification:
     import torch
 
-    rounded = holds_mxfp4(exported)
+    rounded = holds_mxfp4(weight_files(exported))
     limit = config.max_logit_error if config.max_logit_error is not None else 0.3 if rounded else 0.05
     floor = config.min_agreement if config.min_agreement is not None else 0.8 if rounded else 0.95
     want, got = (torch.cat(reading.logits).double() for reading in (first, second))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,11 @@ def weight_files(folder: Path) -> dict[str, Path]:
         except SafetensorError as error:
             raise OssiaError(f"{file}: damaged or cut short ({error}); copy it again") from error
     return tensors
+
+
+def holds_mxfp4(tensors: Iterable[str]) -> bool:
+    """Whether a model's experts are stored in MXFP4, by its tensors' names."""
+    return any(name.endswith("_proj_blocks") for name in tensors)
 
 
 def by_file(files: dict[str, Path]) -> dict[Path, list[str]]:

@@ -18,7 +18,7 @@ from ossia.errors import OssiaError, UsageError, nearest
 from ossia.kernels.available import HAS_TRITON
 from ossia.kernels.mxfp4 import dequantize
 from ossia.model import attention
-from ossia.model.folder import by_file, read_json, resolve_model, weight_files
+from ossia.model.folder import by_file, holds_mxfp4, read_json, resolve_model, weight_files
 from ossia.model.gpt_oss import OssiaGptOssForCausalLM
 from ossia.model.stream import Stored, find_tensors, page_locked, read_tensors
 
@@ -123,7 +123,7 @@ def _load_gpt_oss(
     folder: Path, dtype: torch.dtype, device: torch.device, experts: str, attn_impl: str, offload: Collection[str]
 ) -> OssiaGptOssForCausalLM:
     files = weight_files(folder)
-    on_disk_mxfp4 = any(name.endswith("_proj_blocks") for name in files)
+    on_disk_mxfp4 = holds_mxfp4(files)
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -8,7 +8,7 @@ from typing import Any
 
 from ossia.adapters.targets import linear_layers
 from ossia.errors import OssiaError, UsageError
-from ossia.model.folder import HUB_ID, read_json, resolve_model, weight_files
+from ossia.model.folder import HUB_ID, holds_mxfp4, read_json, resolve_model, weight_files
 from ossia.model.sizes import SIZES
 
 KNOWN = {f"{owner}gpt-oss-{size}": size for size in ("20b", "120b") for owner in ("openai/", "")}
@@ -72,7 +72,7 @@ def find_base(name: str) -> Base:
     except OssiaError:
         quantized = config.get("quantization_config", {}).get("quant_method") == "mxfp4"
         return Base(name, config, quantized, linear_layers(config), folder)
-    return Base(name, config, any(file.endswith("_blocks") for file in stored), linear_layers(config), folder, True)
+    return Base(name, config, holds_mxfp4(stored), linear_layers(config), folder, True)
 
 
 def _in_cache(name: str) -> Path | None:

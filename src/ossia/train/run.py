@@ -24,7 +24,7 @@ from ossia.data.store import TokenRows
 from ossia.data.summary import summary
 from ossia.errors import OssiaError, UsageError
 from ossia.kernels.available import HAS_TRITON
-from ossia.model.folder import read_json, resolve_model, weight_files
+from ossia.model.folder import holds_mxfp4, read_json, resolve_model, weight_files
 from ossia.model.tokenizer import load_tokenizer
 from ossia.template.options import template_from
 from ossia.track import read_metrics
@@ -158,7 +158,7 @@ def _plan(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Plan | None:
-    quantized = config.experts != "dequantized" and any(name.endswith("_blocks") for name in weight_files(folder))
+    quantized = config.experts != "dequantized" and holds_mxfp4(weight_files(folder))
     length = (config.packing_length or config.max_length) if config.packing else int(rows.lengths.max())
     held_length = int(held.lengths.max()) if held else 0
     return plan_for(config, read_json(folder / "config.json"), quantized, targets, length, held_length, device, dtype)
