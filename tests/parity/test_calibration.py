@@ -114,6 +114,8 @@ def test_auto_calibrates_where_it_can_and_says_why_it_does_not(base, adapter, tm
 
     texts = found(dataset=[str(rows)], quant_n_samples=5, max_length=7)
     assert [len(text) for text in texts] == [7] * 5
+    assert len(found(torch.device("cpu"), dataset=[str(rows)], quant_n_samples=5)) == 5
+    monkeypatch.setattr("ossia.export.run._SMALL", 0)
     assert capsys.readouterr().out == ""
     attention = make_adapter(base, tmp_path / "attention", target_experts="none")
     for reason, options in {

@@ -46,7 +46,7 @@ class ExportConfig(RowOptions, HubOptions, AdapterOptions, Config):
     calibrate: str = opt(
         "auto",
         "round experts to MXFP4 so that their outputs on rows stay, by a forward pass of base + adapter over these; "
-        "auto: where the adapter changes experts, on a GPU with room for both",
+        "auto: where the adapter changes experts, on a GPU with room for both, or with a base under 1 GB",
         group="calibration",
         choices=["auto", "true", "false"],
     )

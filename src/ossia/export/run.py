@@ -25,6 +25,8 @@ from ossia.model.folder import holds_mxfp4, read_json, resolve_model, weight_fil
 from ossia.train.adapters import one_adapter
 
 _INSTEAD = "--format bf16 rounds nothing"
+_SMALL = 1e9
+"""Bytes of a base that is calibrated on a CPU without being asked."""
 _NOT_OF_THE_MERGE = {*HubOptions.__dataclass_fields__, "device", "dry_run", "output_dir"}
 
 
@@ -150,10 +152,12 @@ def _reason_against(adapter: Path, base: Path, device: Any) -> str | None:
 
     if not any(".experts." in name for name in read_header(adapter / WEIGHTS)):
         return "the adapter leaves the experts alone"
+    stored = sum(file.stat().st_size for file in set(weight_files(base).values()))
     if device.type != "cuda":
-        return f"it is slow without a GPU; --calibrate true does it all the same, or {_INSTEAD}"
+        slow = f"it is slow without a GPU; --calibrate true does it all the same, or {_INSTEAD}"
+        return slow if stored > _SMALL else None
     # Weights as on disk, adapter and what a pass takes; then some 15 GB for rounding, without the model.
-    need = 1.1 * sum(file.stat().st_size for file in set(weight_files(base).values())) + 4e9
+    need = 1.1 * stored + 4e9
     free = torch.cuda.mem_get_info(device)[0]
     if need > free:
         return f"it would take {need / 1e9:.0f} GB of the GPU's memory, and {free / 1e9:.0f} GB are free; {_INSTEAD}"
