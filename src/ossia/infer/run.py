@@ -29,17 +29,18 @@ def run(config: InferConfig) -> None:
     if config.val_dataset:
         answer_rows(config)
     else:
+        # A conversation has its system text itself, so that it can do without.
+        engine = load_engine(config, system=False)
         from ossia.infer.chat import chat
 
-        # A conversation has its system text itself, so that it can do without.
-        chat(load_engine(config, system=False), config)
+        chat(engine, config)
 
 
 def answer_rows(config: InferConfig) -> None:
     """Answer the rows that `--val_dataset` names; everything wrong with them is said before weights load."""
+    folder, template = template_of(config)
     from ossia.infer.batch import Answers
 
-    folder, template = template_of(config)
     answers = Answers.of(config, folder, template)
     if len(answers.done) < len(answers.rows):
         from ossia.infer.engine import Engine
