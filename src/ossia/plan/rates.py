@@ -100,7 +100,7 @@ def rate(
         length: tokens of a row, on average.
         cases: what to go by; None: every case that comes with Ossia.
     """
-    known = [case for case in (measured() if cases is None else cases) if _slow(case.plan) == _slow(plan)]
+    known = [case for case in (measured() if cases is None else cases) if case.plan.slow == plan.slow]
     if not known or not gpu.tflops or not plan.sizes.fused:
         return None
     source = min(known, key=lambda case: _distance(case, plan, length))
@@ -117,7 +117,7 @@ def measured() -> list[Measured]:
 def least_tokens() -> int:
     """Tokens of the smallest batch that was measured at full speed. What the host costs each batch, which smaller ones
     would show, is not known."""
-    return min((case.plan.sizes.tokens for case in measured() if not _slow(case.plan)), default=0)
+    return min((case.plan.sizes.tokens for case in measured() if not case.plan.slow), default=0)
 
 
 def _case(entry: dict[str, Any]) -> Measured:
@@ -149,11 +149,6 @@ def _moving(plan: Plan, gpu: Gpu) -> float:
     crossing = sum(3 if kind == "layer" else 2 for kind in plan.recompute[: plan.host_layers]) * s.expert_weights
     held = plan.held_layers * 2 * (gate_up + down)
     return (2 * written + stored + held) / (gpu.bandwidth * 1e9) + crossing / _BUS
-
-
-def _slow(plan: Plan) -> bool:
-    """Whether it works on few experts at a time, or reads them from host memory: far from the others' speed."""
-    return bool(plan.experts_at_once or plan.host_layers)
 
 
 def _distance(case: Measured, plan: Plan, length: float) -> float:

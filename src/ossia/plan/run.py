@@ -144,6 +144,7 @@ def _on(job: Job, place: Place) -> dict[str, Any]:
         "lines": [line.removeprefix("plan: ") for line in found.lines()[1:]],
         "host_layers": found.host_layers,
         "experts_at_once": found.experts_at_once,
+        "slow": found.slow,
         "all_again": _peak_of(found.sizes, "layer"),
         "none_again": _peak_of(found.sizes, "none"),
         "grouped": bool(place.gpu and place.gpu.capability >= (9, 0)),

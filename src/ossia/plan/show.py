@@ -105,7 +105,7 @@ def _overview(result: dict[str, Any]) -> Any:
     table = grid("left", "left", "right", "right", "right", "right")
     table.add_row("", "", "peak GB", "of", "tokens/s", _times(result, [])[0], style="bold")
     for gpu in result["gpus"]:
-        note = "no" if not gpu["fits"] else "fits, slow" if _slow(gpu) else "fits"
+        note = "no" if not gpu["fits"] else "fits, slow" if gpu["slow"] else "fits"
         numbers = f"{gpu['peak'] / GB:.1f}", f"{gpu['budget'] / GB:.1f}"
         table.add_row(gpu["name"], note, *numbers, _speed(gpu), _times(result, [gpu])[1])
     return table
@@ -154,7 +154,7 @@ def _rates(result: dict[str, Any]) -> list[str]:
     if gpus and result["batch_tokens"] < result["least_tokens_measured"]:
         lines.append(f"expect less: batches under {result['least_tokens_measured']:,} tokens were not measured")
     lines += dict.fromkeys(f"?: {gpu['no_speed']}" for gpu in result["gpus"] if gpu["no_speed"])
-    if any(_slow(gpu) for gpu in gpus):
+    if any(gpu["slow"] for gpu in gpus):
         lines.append("with few experts at a time or experts in host memory, rates were seen to vary twofold")
     return lines
 
@@ -162,10 +162,6 @@ def _rates(result: dict[str, Any]) -> list[str]:
 def _case(source: dict[str, Any]) -> str:
     again = f", {source['again']} layers made again" if source["again"] else ""
     return f"{source['tokens_per_second']:,} ({source['size']}, {source['case']}{again})"
-
-
-def _slow(gpu: dict[str, Any]) -> bool:
-    return bool(gpu["host_layers"] or gpu["experts_at_once"])
 
 
 def _disk(disk: dict[str, Any]) -> str:

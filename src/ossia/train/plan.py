@@ -183,6 +183,11 @@ class Plan:
     host_layers: int = 0
     held_layers: int = 0
 
+    @property
+    def slow(self) -> bool:
+        """Whether it works on few experts at a time, or reads them from host memory: far from the others' speed."""
+        return bool(self.experts_at_once or self.host_layers)
+
     def offload(self) -> list[str]:
         """Names of tensors that rest in pinned host memory."""
         names = [
