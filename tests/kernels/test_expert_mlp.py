@@ -145,7 +145,7 @@ def test_adapters_are_written_into_expanded_weights():
             assert weight.expand(DTYPE, a, b).isfinite().all()
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (7, 4, 5), (3000, 2, 33)])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (7, 4, 5), (3000, 2, 33), (9000, 4, 5)])
 def test_rows_are_sorted_as_the_reference_sorts(tokens, top_k, experts):
     from ossia.kernels.expert_mlp import triton
     from ossia.kernels.expert_mlp.reference import sort_by_expert

@@ -94,6 +94,7 @@ def test_stacked_weights_are_the_same_and_come_apart_when_moved(tiny_gpt_oss):
     assert all(torch.equal(*pair) for pair in zip(parts, before, strict=True))
     starts = [part.data_ptr() for part in parts]
     assert starts[1:] == [start + 2 * part.numel() for start, part in zip(starts[:2], parts, strict=False)]
+    model.to(model.device)
     assert attention._stacked is not None
     model.float()
     assert attention._stacked is None

@@ -100,9 +100,14 @@ class Attention(GptOssAttention):
         return self._stacked
 
     def _apply(self, fn: Any, recurse: bool = True) -> Attention:
-        """What moves the weights takes them apart."""
-        self._stacked = None
-        return super()._apply(fn, recurse)
+        """What moves the weights takes them apart; transformers' Trainer asks for a move to where they are."""
+        moved = super()._apply(fn, recurse)
+        self._stacked = self._still_stacked()
+        return moved
+
+    def _still_stacked(self) -> tuple[Tensor, Tensor | None] | None:
+        stacked = self._stacked
+        return stacked if stacked and stacked[0].data_ptr() == self._linears()[0].weight.data_ptr() else None
 
     def _linears(self) -> list[nn.Linear]:
         parts = (self.q_proj, self.k_proj, self.v_proj)
@@ -114,15 +119,16 @@ class Attention(GptOssAttention):
         parts = (self.q_proj, self.k_proj, self.v_proj)
         fusable = [getattr(part, "fusable", lambda x: None)(hidden) for part in parts]
         layers = [layer for layer in fusable if layer is not None]
+        stacked = self._still_stacked()
         if len(layers) < len(parts):
             projected = [part(hidden) for part in parts]
-        elif self._stacked is None or self._stacked[0].data_ptr() != layers[0].weight.data_ptr():
+        elif stacked is None:
             projected = list(lora_linears(hidden, layers))
         else:
             from ossia.kernels.qkv.fused import qkv
 
             adapters = [Adapter(layer.a, layer.b, layer.scale) for layer in layers]
-            return qkv(hidden, *self._stacked, adapters, cos_BSD2, sin_BSD2)
+            return qkv(hidden, *stacked, adapters, cos_BSD2, sin_BSD2)
         shape_BSND = (*hidden.shape[:-1], -1, self.head_dim)
         query, key, value = (x.view(shape_BSND) for x in projected)
         return rope(query, cos_BSD2, sin_BSD2), rope(key, cos_BSD2, sin_BSD2), value

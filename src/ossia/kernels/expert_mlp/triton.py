@@ -21,7 +21,7 @@ from ossia.kernels.sizes import ceil_div, power_of_two
 _GATHER = {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2}
 _SWIGLU = {"ROWS": 64, "COLS": 64, "num_warps": 8, "num_stages": 1}
 _SWIGLU_BACKWARD = {"ROWS": 32, "COLS": 64, "num_warps": 4, "num_stages": 3}
-_OUTER = {"ROWS": 64, "COLS": 128, "num_warps": 8, "num_stages": 2}
+_OUTER = {"ROWS": 64, "COLS": 128, "num_warps": 4, "num_stages": 2}
 
 
 def _dot_width(rank: int) -> int:
@@ -59,32 +59,39 @@ def _store_tail(acc, scale, rows, inside, out, out_stride, columns, thin, RANK: 
 
 
 @triton.jit
-def _sort_kernel(index, order, position, offsets, count, BLOCK: tl.constexpr):
-    expert = tl.program_id(0)
-    place = 0
+def _sort_kernel(index, order, position, offsets, count, span, BLOCK: tl.constexpr):
+    expert, part = tl.program_id(0), tl.program_id(1)
+    first = part * span
+    before = tl.zeros((BLOCK,), tl.int32)
     for at in range(0, count, BLOCK):
         row = at + tl.arange(0, BLOCK)
-        place += tl.sum((tl.load(index + row, mask=row < count, other=1 << 30) < expert).to(tl.int32), 0)
-    for at in range(0, count, BLOCK):
+        other = tl.load(index + row, mask=row < count, other=1 << 30)
+        before += ((other < expert) | ((other == expert) & (row < first))).to(tl.int32)
+    place = tl.sum(before, 0)
+    for at in range(first, tl.minimum(first + span, count), BLOCK):
         row = at + tl.arange(0, BLOCK)
         mine = tl.load(index + row, mask=row < count, other=1 << 30) == expert
         to = place + tl.cumsum(mine.to(tl.int32), 0) - 1
         tl.store(order + to, row.to(tl.int64), mask=mine)
         tl.store(position + row, to.to(tl.int64), mask=mine)
         place += tl.sum(mine.to(tl.int32), 0)
-    tl.store(offsets + expert, place)
+    if part == tl.num_programs(1) - 1:
+        tl.store(offsets + expert, place)
 
 
 def sort_by_expert(index_TK: Tensor, experts: int) -> Order:
-    """As `reference.sort_by_expert`, in one launch: each expert counts what lies before it, then takes its own."""
+    """As `reference.sort_by_expert`, in one launch: each expert and part of the rows counts what lies before it, then
+    takes its own."""
     order_S = torch.empty(index_TK.numel(), dtype=torch.int64, device=index_TK.device)
     position_TK = torch.empty_like(index_TK, memory_format=torch.contiguous_format)
     offsets_E = torch.empty(experts, dtype=torch.int32, device=index_TK.device)
     block = max(64, min(4096, power_of_two(len(order_S))))
-    warps = max(1, block // 256)
-    _sort_kernel[(experts,)](
-        index_TK.contiguous(), order_S, position_TK, offsets_E, len(order_S), BLOCK=block, num_warps=warps
-    )
+    blocks = ceil_div(len(order_S), block)
+    parts = max(1, min(8, blocks))
+    _sort_kernel[(experts, parts)](
+        index_TK.contiguous(), order_S, position_TK, offsets_E, len(order_S), ceil_div(blocks, parts) * block,
+        BLOCK=block, num_warps=max(1, block // 256),
+    )  # fmt: skip
     return Order(order_S, position_TK, offsets_E)
 
 
