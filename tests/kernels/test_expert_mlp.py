@@ -124,6 +124,7 @@ CASES = {
     "experts without tokens": Case(70, 1, 6, 64, 32, 16, sparse=True),
     "floating point": Case(11, 2, 4, 64, 32, 4, quantized=False),
     "wide rank": Case(5, 2, 3, 64, 32, 40),
+    "rows in parts": Case(520, 2, 2, 32, 96, 3),
 }
 
 

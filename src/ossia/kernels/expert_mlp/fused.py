@@ -16,7 +16,15 @@ from torch import Tensor
 from ossia.kernels.expert_mlp.frozen import Adapter, Frozen
 from ossia.kernels.expert_mlp.memory import Memory, is_recomputing
 from ossia.kernels.expert_mlp.reference import Order
-from ossia.kernels.expert_mlp.triton import combine, gather, outer, sort_by_expert, swiglu, swiglu_backward_
+from ossia.kernels.expert_mlp.triton import (
+    Outer,
+    combine,
+    gather,
+    outer,
+    sort_by_expert,
+    swiglu,
+    swiglu_backward_,
+)
 from ossia.kernels.grouped_linear import grouped_linear
 
 _Pair = tuple[Tensor | None, Tensor | None]
@@ -150,19 +158,20 @@ class _ExpertMlp(torch.autograd.Function):
         wide, thin_g, biased_S = gather(grad_TH, order_S, offsets_E, top_k, b2_EHr, scale, down.bias_EO)
         back_SI = _backward(wide, down, (a2, b2), order, memory)
         del wide
-        thin2, thin_d, d_weight_TK = swiglu_backward_(
-            gate_up_SX, gate_up.bias_EO, order_S, offsets_E, back_SI, weight_TK, biased_S, alpha, limit, a2, b1, scale
-        )
-
         d_adapters: list[Tensor | None] = [None] * 4
+        trained = None
         if a1 is not None and ctx.needs_input_grad[3]:
             d_a1, d_b1, d_a2, d_b2 = (torch.empty_like(x, dtype=torch.float32) for x in (a1, b1, a2, b2))
+            trained = Outer(thin1, thin_g, d_b1.transpose(1, 2), d_a2)
+        thin2, thin_d, d_weight_TK = swiglu_backward_(
+            gate_up_SX, gate_up.bias_EO, order_S, offsets_E, back_SI, weight_TK, biased_S, alpha, limit, a2, b1, scale,
+            trained,
+        )  # fmt: skip
+        del back_SI
+        if trained is not None:
             outer(thin_d, hidden_TH, offsets_E, d_a1, order_S, top_k)
-            outer(thin1, gate_up_SX, offsets_E, d_b1.transpose(1, 2))
-            outer(thin_g, back_SI, offsets_E, d_a2, order_S, weight_TK=weight_TK)
             outer(thin2, grad_TH, offsets_E, d_b2.transpose(1, 2), order_S, top_k, weight_TK)
             d_adapters = [d.to(x.dtype) for d, x in zip((d_a1, d_b1, d_a2, d_b2), (a1, b1, a2, b2), strict=True)]
-        del back_SI
         d_hidden = None
         if ctx.needs_input_grad[0]:
             d_rows_SH = _backward(gate_up_SX, gate_up, (a1, b1), order, memory)

@@ -6,7 +6,7 @@ R rank rounded up to 16. A "tail" is the R columns behind a row's own, in the sa
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,6 +21,11 @@ from ossia.kernels.sizes import ceil_div, power_of_two
 _GATHER = {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2}
 _SWIGLU = {"ROWS": 64, "COLS": 64, "num_warps": 8, "num_stages": 1}
 _SWIGLU_BACKWARD = {"ROWS": 32, "COLS": 64, "num_warps": 4, "num_stages": 3}
+# So few registers that some are spilled, and more blocks run side by side.
+_SWIGLU_COLUMNS = {"ROWS": 32, "COLS": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
+_COLUMNS_RANK = 16
+"""The highest rank whose columns' shares of the thin products take less memory than the rows."""
+_FINISH = {"ROWS": 64, "num_warps": 4}
 _OUTER = {"ROWS": 64, "COLS": 128, "num_warps": 4, "num_stages": 2}
 
 
@@ -285,6 +290,26 @@ def swiglu(
 
 
 @triton.jit
+def _gradients(pair, b_gate, b_up, back, weight_S, alpha, limit, kind: tl.constexpr, BITS: tl.constexpr,
+               half: tl.constexpr):  # fmt: skip
+    """Of a tile: activations, their products with `back` summed over columns (float32), gradients of gate and up."""
+    gate, up = _apart(pair, kind, BITS, half)
+    gate += b_gate[None, :]
+    up += b_up[None, :]
+    gate_on = gate <= limit
+    up_on = (up <= limit) & (up >= -limit)
+    gate = tl.minimum(gate, limit)
+    up = tl.minimum(tl.maximum(up, -limit), limit) + 1
+    share = tl.sigmoid(alpha * gate)
+    act = up * gate * share
+    dot = tl.sum(act * back, 1)
+    back *= weight_S[:, None]
+    d_gate = tl.where(gate_on, back * up * share * (1 + alpha * gate * (1 - share)), 0.0).to(kind)
+    d_up = tl.where(up_on, back * gate * share, 0.0).to(kind)
+    return act.to(kind), dot, d_gate, d_up
+
+
+@triton.jit
 def _swiglu_backward_kernel(
     gate_up, bias, order, offsets, shared, weight, biased, matrix_a, matrix_b, thin_a, thin_b, tail, dots, scale,
     alpha, limit, stride,
@@ -297,34 +322,23 @@ def _swiglu_backward_kernel(
     rows = (first + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < end
     slot = tl.load(order + rows, mask=inside, other=0)
-    weight_S = tl.load(weight + slot, mask=inside, other=0.0)[:, None]
+    weight_S = tl.load(weight + slot, mask=inside, other=0.0)
     r = tl.arange(0, R2)
     acc_a = tl.zeros((ROWS, R2), tl.float32)
     acc_b = tl.zeros((ROWS, R2), tl.float32)
-    dot = tl.zeros((ROWS,), tl.float32)
+    dot = tl.load(biased + rows, mask=inside, other=0.0)
     kind: tl.constexpr = shared.dtype.element_ty
     for at in range(0, M, COLS):
         m = at + tl.arange(0, COLS)
         mask = inside[:, None] & (m < M)[None, :]
         at_pair = gate_up + rows[:, None] * stride + m[None, :]
-        gate, up = _apart(tl.load(at_pair, mask=mask, other=0), kind, BITS, half)
+        pair = tl.load(at_pair, mask=mask, other=0)
         b_gate, b_up = _apart(tl.load(bias + expert * M + m, mask=m < M, other=0), kind, BITS, half)
-        gate += b_gate[None, :]
-        up += b_up[None, :]
-        gate_on = gate <= limit
-        up_on = (up <= limit) & (up >= -limit)
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit) + 1
-        share = tl.sigmoid(alpha * gate)
-        act = up * gate * share
         at_m = shared + rows[:, None] * M + m[None, :]
         back = tl.load(at_m, mask=mask, other=0.0).to(tl.float32)
-        dot += tl.sum(act * back, 1)
-        act = act.to(kind)
+        act, part_dot, d_gate, d_up = _gradients(pair, b_gate, b_up, back, weight_S, alpha, limit, kind, BITS, half)
+        dot += part_dot
         tl.store(at_m, act, mask=mask)
-        back *= weight_S
-        d_gate = tl.where(gate_on, back * up * share * (1 + alpha * gate * (1 - share)), 0.0).to(kind)
-        d_up = tl.where(up_on, back * gate * share, 0.0).to(kind)
         tl.store(at_pair, _together(d_gate, d_up, BITS, half, gate_up.dtype.element_ty), mask=mask)
         if RANK > 0:
             known = (m < M)[:, None] & (r < RANK)[None, :]
@@ -337,8 +351,95 @@ def _swiglu_backward_kernel(
         value = (acc_a * scale).to(kind)
         tl.store(thin_a + rows[:, None] * R + r[None, :], value, mask=inside[:, None] & (r < R)[None, :])
         _store_tail(acc_b, scale, rows, inside, tail, 2 * stride, 2 * M, thin_b, RANK, R, R2)
-    dot += tl.load(biased + rows, mask=inside, other=0.0)
     tl.store(dots + slot, dot, mask=inside)
+
+
+@triton.jit
+def _swiglu_columns_kernel(
+    gate_up, bias, order, offsets, back, weight, matrix_a, matrix_b, thin_up, thin_down, shares, out_up, out_down,
+    up_p, up_e, up_n, up_r, down_p, down_e, down_n, down_r, alpha, limit, stride, count,
+    M: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, R2: tl.constexpr,
+    BITS: tl.constexpr, half: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    column, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    expert = tl.program_id(1).to(tl.int64)
+    kind: tl.constexpr = back.dtype.element_ty
+    m = column * COLS + tl.arange(0, COLS)
+    r = tl.arange(0, R2)
+    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
+    b_gate, b_up = _apart(tl.load(bias + expert * M + m, mask=m < M, other=0), kind, BITS, half)
+    known = (m < M)[:, None] & (r < RANK)[None, :]
+    a = tl.load(matrix_a + (expert * M + m[:, None]) * RANK + r[None, :], mask=known, other=0.0)
+    at_b = matrix_b + (expert * M + m[:, None]) * 2 * RANK + r[None, :]
+    of_gate, of_up = tl.load(at_b, mask=known, other=0.0), tl.load(at_b + RANK, mask=known, other=0.0)
+    sum_gate = tl.zeros((COLS, R2), tl.float32)
+    sum_up = tl.zeros((COLS, R2), tl.float32)
+    sum_act = tl.zeros((COLS, R2), tl.float32)
+    shares += column * count * (2 * RANK + 1)
+    for at in range(start + part * ROWS, end, PARTS * ROWS):
+        rows = (at + tl.arange(0, ROWS)).to(tl.int64)
+        inside = rows < end
+        weight_S = tl.load(weight + tl.load(order + rows, mask=inside, other=0), mask=inside, other=0.0)
+        mask = inside[:, None] & (m < M)[None, :]
+        at_pair = gate_up + rows[:, None] * stride + m[None, :]
+        pair = tl.load(at_pair, mask=mask, other=0)
+        back_SM = tl.load(back + rows[:, None] * M + m[None, :], mask=mask, other=0.0).to(tl.float32)
+        act, dot, d_gate, d_up = _gradients(pair, b_gate, b_up, back_SM, weight_S, alpha, limit, kind, BITS, half)
+        tl.store(at_pair, _together(d_gate, d_up, BITS, half, gate_up.dtype.element_ty), mask=mask)
+
+        of_rows = inside[:, None] & (r < RANK)[None, :]
+        at_share = shares + rows[:, None] * RANK + r[None, :]
+        tl.store(at_share, tl.dot(act, a, input_precision="ieee"), mask=of_rows)
+        thin = tl.dot(d_gate, of_gate, input_precision="ieee")
+        tl.store(at_share + count * RANK, tl.dot(d_up, of_up, thin, input_precision="ieee"), mask=of_rows)
+        tl.store(shares + count * 2 * RANK + rows, dot, mask=inside)
+
+        thin = tl.load(thin_up + rows[:, None] * R + r[None, :], mask=of_rows, other=0.0)
+        sum_gate = tl.dot(tl.trans(d_gate), thin, sum_gate, input_precision="ieee")
+        sum_up = tl.dot(tl.trans(d_up), thin, sum_up, input_precision="ieee")
+        thin = tl.load(thin_down + rows[:, None] * R + r[None, :], mask=of_rows, other=0.0)
+        thin = (thin.to(tl.float32) * weight_S[:, None]).to(kind)
+        sum_act = tl.dot(tl.trans(act), thin, sum_act, input_precision="ieee")
+    to = out_up + part * up_p + expert * up_e + 2 * m[:, None] * up_n + r[None, :] * up_r
+    tl.store(to, sum_gate, mask=known)
+    tl.store(to + up_n, sum_up, mask=known)
+    to = out_down + part * down_p + expert * down_e + m[:, None] * down_n + r[None, :] * down_r
+    tl.store(to, sum_act, mask=known)
+
+
+@triton.jit
+def _finish_kernel(
+    shares, biased, order, thin_a, thin_b, tail, dots, scale, stride, columns, count, COLUMNS: tl.constexpr,
+    RANK: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = rows < count
+    r = tl.arange(0, R2)
+    known = inside[:, None] & (r < RANK)[None, :]
+    acc_a = tl.zeros((ROWS, R2), tl.float32)
+    acc_b = tl.zeros((ROWS, R2), tl.float32)
+    dot = tl.load(biased + rows, mask=inside, other=0.0)
+    for _ in range(COLUMNS):
+        at_share = shares + rows[:, None] * RANK + r[None, :]
+        acc_a += tl.load(at_share, mask=known, other=0.0)
+        acc_b += tl.load(at_share + count * RANK, mask=known, other=0.0)
+        dot += tl.load(shares + count * 2 * RANK + rows, mask=inside, other=0.0)
+        shares += count * (2 * RANK + 1)
+    value = (acc_a * scale).to(thin_a.dtype.element_ty)
+    tl.store(thin_a + rows[:, None] * R + r[None, :], value, mask=inside[:, None] & (r < R)[None, :])
+    _store_tail(acc_b, scale, rows, inside, tail, stride, columns, thin_b, RANK, R, R2)
+    tl.store(dots + tl.load(order + rows, mask=inside, other=0), dot, mask=inside)
+
+
+class Outer(NamedTuple):
+    """Tails [S, R] of the rows that went into both projections (`gate_up`) and of the gradients that came out
+    (`down`), and float32 room of any strides for the gradients of gate_up's B [E, 2M, r] and down's A [E, M, r]."""
+
+    gate_up_SR: Tensor
+    down_SR: Tensor
+    d_b_E2Mr: Tensor
+    d_a_EMr: Tensor
 
 
 def swiglu_backward_(
@@ -354,16 +455,18 @@ def swiglu_backward_(
     a_EMr: Tensor | None = None,
     b_Er2M: Tensor | None = None,
     scale: float = 1.0,
+    outer_to: Outer | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of `swiglu` and of the experts' weights, in place.
+    """Backward of `swiglu`, of the experts' weights and of the adapters beside it, in place.
 
     Args:
         gate_up_SX: [S, 2M + R]: gate and up without bias; becomes their gradient, with the tail
             `scale * gradient @ b[e].T`.
-        back_SM: contiguous: gradient of the activations before each row's weight; becomes the activations.
+        back_SM: contiguous: gradient of the activations before each row's weight; used up.
         weight_TK: float32 weight of each token's k-th expert, contiguous.
         biased_S: float32, what `weight_TK`'s gradient gets from the second bias.
         a_EMr: down's A, contiguous; b_Er2M: gate_up's B, contiguous.
+        outer_to: where adapters train.
 
     Returns:
         `scale * act @ a[e]` [S, R]; the tail alone [S, R]; the gradient of `weight_TK`, `act @ back + biased`.
@@ -379,13 +482,34 @@ def swiglu_backward_(
         for x in (a_EMr, None if b_Er2M is None else b_Er2M.transpose(1, 2))
     )
     pairs, options = _pairs(gate_up_SX.dtype)
+    rows, bias = gate_up_SX.view(pairs), bias_E2M.view(pairs)
+    if outer_to is not None and rank <= _COLUMNS_RANK:
+        # Each program keeps to its columns, whose outer products then stay with it; of the thin products it has shares.
+        columns, width = ceil_div(inner, _SWIGLU_COLUMNS["COLS"]), max(8, power_of_two(rank))
+        shares = torch.empty(columns * count * (2 * rank + 1), dtype=torch.float32, device=rows.device)
+        parts = _parts(count, experts)
+        sums = [_sums(x, parts) for x in (outer_to.d_b_E2Mr, outer_to.d_a_EMr)]
+        _swiglu_columns_kernel[(columns, experts, parts)](
+            rows, bias, order_S, offsets_E, back_SM, weight_TK, matrix_a, matrix_b, outer_to.gate_up_SR,
+            outer_to.down_SR, shares, *sums, *sums[0].stride(), *sums[1].stride(), alpha, limit, rows.stride(0), count,
+            M=inner, PARTS=parts, RANK=rank, R=tail, R2=width, **options, **_SWIGLU_COLUMNS,
+        )  # fmt: skip
+        _finish_kernel[(ceil_div(count, _FINISH["ROWS"]),)](
+            shares, biased_S, order_S, thin_a, thin_b, gate_up_SX, dots_TK, scale, gate_up_SX.stride(0), 2 * inner,
+            count, COLUMNS=columns, RANK=rank, R=tail, R2=max(width, tail), **_FINISH,
+        )  # fmt: skip
+        _add_up(sums[0], outer_to.d_b_E2Mr)
+        _add_up(sums[1], outer_to.d_a_EMr)
+        return thin_a, thin_b, dots_TK
     _swiglu_backward_kernel[_grid(count, experts, _SWIGLU_BACKWARD)](
-        gate_up_SX.view(pairs), bias_E2M.view(pairs), order_S, offsets_E, back_SM, weight_TK, biased_S,
-        matrix_a, matrix_b, thin_a, thin_b, gate_up_SX, dots_TK,
-        scale, alpha, limit, gate_up_SX.stride(0) // 2,
+        rows, bias, order_S, offsets_E, back_SM, weight_TK, biased_S,
+        matrix_a, matrix_b, thin_a, thin_b, gate_up_SX, dots_TK, scale, alpha, limit, rows.stride(0),
         M=inner, E=experts, E2=power_of_two(experts), RANK=rank, R=tail, R2=_dot_width(rank), **options,
         **_SWIGLU_BACKWARD,
     )  # fmt: skip
+    if outer_to is not None:
+        outer(outer_to.gate_up_SR, gate_up_SX, offsets_E, outer_to.d_b_E2Mr)
+        outer(outer_to.down_SR, back_SM, offsets_E, outer_to.d_a_EMr, order_S, weight_TK=weight_TK)
     return thin_a, thin_b, dots_TK
 
 
@@ -488,15 +612,29 @@ def outer(
         weight_TK: float32 factor of each row, by token and expert.
     """
     experts, width, rank = out.shape
-    # Parts of an expert's rows run side by side, or all would wait for the expert that has most.
-    parts = 4 if len(thin_SR) >= 8 * _OUTER["ROWS"] * experts else 1
-    sums = out[None] if parts == 1 else out.new_empty(parts, experts, rank, width).transpose(2, 3)
+    parts = _parts(len(thin_SR), experts)
+    sums = _sums(out, parts)
     _outer_kernel[(ceil_div(width, _OUTER["COLS"]), experts, parts)](
         thin_SR, wide_XN, thin_SR if order_S is None else order_S, offsets_E,
         thin_SR if weight_TK is None else weight_TK, sums, wide_XN.stride(0), *sums.stride(), width,
         PARTS=parts, K=top_k, RANK=rank, R=thin_SR.shape[1], R2=_dot_width(rank),
         WEIGHTED=weight_TK is not None, **_OUTER,
     )  # fmt: skip
-    if parts > 1:
-        torch.sum(sums, 0, out=out)
+    _add_up(sums, out)
     return out
+
+
+def _parts(rows: int, experts: int) -> int:
+    """Parts of an expert's rows run side by side, or all would wait for the expert that has most."""
+    return 4 if rows >= 512 * experts else 1
+
+
+def _sums(out_ENr: Tensor, parts: int) -> Tensor:
+    """Room for each part's sums, [parts, E, N, r]: `out` itself where there is one."""
+    experts, width, rank = out_ENr.shape
+    return out_ENr[None] if parts == 1 else out_ENr.new_empty(parts, experts, rank, width).transpose(2, 3)
+
+
+def _add_up(sums_PENr: Tensor, out_ENr: Tensor) -> None:
+    if len(sums_PENr) > 1:
+        torch.sum(sums_PENr, 0, out=out_ENr)
