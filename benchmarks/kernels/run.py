@@ -126,6 +126,28 @@ def expert_mlp(s: Shape) -> Iterator[Job]:
     work = 2 * s.tokens * s.top_k * 3 * s.hidden * s.inner
     jobs = both_ways(ours, *leaves), both_ways(plain, *leaves)
     yield Job("expert MLP with LoRA, both ways", *jobs, flops=2 * work)
+    yield swiglu_backward(s, index, weight.detach(), frozen[0].bias_EO)
+
+
+def swiglu_backward(s: Shape, index: Tensor, weight: Tensor, bias: Tensor) -> Job:
+    """By columns, beside rows and the two outer products that rows leave to others."""
+    from ossia.kernels.expert_mlp import triton
+
+    order = triton.sort_by_expert(index, s.experts)
+    tail = triton.padded(s.rank)
+    rows, back = randn(s.tokens * s.top_k, 2 * s.inner + tail), randn(s.tokens * s.top_k, s.inner)
+    thin, biased = randn(len(rows), tail), torch.randn(len(rows), device=DEVICE)
+    a, b = (torch.randn(s.experts, *shape, device=DEVICE) for shape in ((s.inner, s.rank), (s.rank, 2 * s.inner)))
+    to = triton.Outer(thin, thin, torch.empty_like(b).transpose(1, 2), torch.empty_like(a))
+    inputs = (rows, bias, order.order_S, order.offsets_E, back, weight, biased, 1.702, 7.0, a, b, 1.0, to)
+
+    def by_rows() -> None:
+        highest, triton._COLUMNS_RANK = triton._COLUMNS_RANK, -1
+        triton.swiglu_backward_(*inputs)
+        triton._COLUMNS_RANK = highest
+
+    moved = 2 * rows.nbytes + back.nbytes
+    return Job("SwiGLU's backward", lambda: triton.swiglu_backward_(*inputs), by_rows, "by rows", bytes=moved)
 
 
 def qkv(s: Shape) -> Iterator[Job]:

@@ -3,7 +3,8 @@
 python benchmarks/train/table.py             prints every file's table
 python benchmarks/train/table.py --estimates prints what `ossia plan` would say of each case, had it only the others
 python benchmarks/train/table.py --write     puts the newest into README.md and README.zh.md, between their marks, and
-                                             into src/ossia/plan/rates.json
+                                             into src/ossia/plan/rates.json; a case that the newest file has not comes
+                                             from the one before, and a mark tells
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 RATES = ROOT / "src" / "ossia" / "plan" / "rates.json"
-NEWEST = "h100-7.json"
+NEWEST, BEFORE = "h100-8.json", "h100-7.json"
 _NAMES = {
     "tutorial": "transformers + PEFT",
     "unsloth": "Unsloth {unsloth}, 16 bit",
@@ -31,11 +32,13 @@ _HEADS = {
 _MARKS = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.DOTALL)
 
 
-def table(file: Path, heads: tuple[str, str, str]) -> str:
-    """One file's results, a row each."""
+def table(file: Path, heads: tuple[str, str, str], before: Path | None = None) -> str:
+    """One file's results, a row each; and marked, what only the file before it has."""
     data = json.loads(file.read_text(encoding="utf-8"))
+    older = _missing(data, before)
     lines = [f"| | {' | '.join(heads)} |", "|---|---|---|---|"]
-    for result in sorted(data["results"], key=lambda r: (r["length"], r["batch"], _order(r["program"]))):
+    results = [(result, "") for result in data["results"]] + [(result, "¹") for result in older.get("results", [])]
+    for result, mark in sorted(results, key=lambda r: (r[0]["length"], r[0]["batch"], _order(r[0]["program"]))):
         name = _NAMES[result["program"]].format(**{**result, **result.get("versions", {})})
         extra = "" if "size" in result else result["case"].partition(" ")[2]
         batch = f"{result['batch']} × {result['length']:,}"
@@ -44,11 +47,26 @@ def table(file: Path, heads: tuple[str, str, str]) -> str:
             continue
         rate = f"{result['tokens_per_second']:,} ({result['slowest']:,} to {result['fastest']:,})"
         peak = f"{result['peak_bytes'] / 1e9:.1f} GB"
-        lines.append(f"| {name}{f', {extra}' if extra else ''} | {batch} | {rate} | {peak} |")
-    where = data["environment"]
-    versions = f"torch {where['torch']}, transformers {where['transformers']}"
-    lines += ["", f"{where['device']}, {versions}, {where['date']}, commit {where['commit']}."]
+        lines.append(f"| {name}{f', {extra}' if extra else ''}{mark} | {batch} | {rate} | {peak} |")
+    lines += ["", _where(data["environment"])]
+    if older:
+        lines += ["", f"¹ {_where(older['environment'])}"]
     return "\n".join(lines) + "\n"
+
+
+def _where(environment: dict[str, Any]) -> str:
+    versions = f"torch {environment['torch']}, transformers {environment['transformers']}"
+    return f"{environment['device']}, {versions}, {environment['date']}, commit {environment['commit']}."
+
+
+def _missing(data: dict[str, Any], before: Path | None) -> dict[str, Any]:
+    """What the file before has of cases that `data` has not, as a file's content; empty where that is nothing."""
+    if before is None:
+        return {}
+    known = {(result["program"], result["case"]) for result in data["results"]}
+    older = json.loads(before.read_text(encoding="utf-8"))
+    left = [result for result in older["results"] if (result["program"], result["case"]) not in known]
+    return {**older, "results": left} if left else {}
 
 
 def _order(program: str) -> int:
@@ -58,24 +76,16 @@ def _order(program: str) -> int:
 def written(readme: str) -> str:
     """A README's text with the newest table in it."""
     text = (ROOT / readme).read_text(encoding="utf-8")
-    made = table(RESULTS / NEWEST, _HEADS[readme])
+    made = table(RESULTS / NEWEST, _HEADS[readme], RESULTS / BEFORE)
     return _MARKS.sub(lambda marks: marks[1] + made + marks[2], text)
 
 
 def rates() -> str:
-    """`ossia plan`'s file: Ossia's cases of the newest file; of a size that it has not, of the newest that has it."""
-    found: list[dict[str, Any]] = []
-    files = (file for file in RESULTS.glob("*.json") if _number(file.name) <= _number(NEWEST))
-    for file in sorted(files, key=lambda file: _number(file.name), reverse=True):
-        data = json.loads(file.read_text(encoding="utf-8"))
-        entries = [entry for result in data["results"] if (entry := _rate(result, data["environment"]))]
-        known = {entry["size"] for entry in found}
-        found += [entry for entry in entries if entry["size"] not in known]
-    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-
-
-def _number(name: str) -> int:
-    return int(re.findall(r"\d+", name)[-1])
+    """`ossia plan`'s file: Ossia's cases of the README's table."""
+    newest = json.loads((RESULTS / NEWEST).read_text(encoding="utf-8"))
+    files = (newest, _missing(newest, RESULTS / BEFORE))
+    entries = [_rate(result, data["environment"]) for data in files for result in data.get("results", [])]
+    return json.dumps([entry for entry in entries if entry], indent=1, ensure_ascii=False) + "\n"
 
 
 def _rate(result: dict[str, Any], where: dict[str, Any]) -> dict[str, Any] | None:
