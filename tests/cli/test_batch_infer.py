@@ -35,7 +35,7 @@ def test_a_killed_run_goes_on_where_it_was(ossia, tiny_gpt_oss, questions, tmp_p
     said = ossia.ok(*common, "--result_path", "whole.jsonl", "--max_batch_size", 7)
     whole = (ossia.cwd / "whole.jsonl").read_text(encoding="utf-8")
     assert "rows/s" in said
-    assert "20 rows have answers of their own: exact match 0.0 %" in said
+    assert "20 rows with answers of their own: exact match 0.0 %" in said
     check_rows(whole)
 
     command = [*common, "--result_path", "cut.jsonl", "--max_batch_size", 2]
@@ -174,5 +174,5 @@ def test_without_the_libraries_the_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(metrics, "_NEEDED", {"no_such_module": "no-such-package"})
     line = metrics.metrics_line(["a", "b"], ["a", "c"])
     assert line == (
-        "2 rows have answers of their own: exact match 50.0 %; BLEU, chrF and ROUGE need: pip install no-such-package"
+        "2 rows with answers of their own: exact match 50.0 %; BLEU, chrF and ROUGE need: pip install no-such-package"
     )

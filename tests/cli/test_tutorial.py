@@ -140,7 +140,7 @@ def test_packed_rows_train_as_padded_ones_do(ossia, tiny_gpt_oss, rows, tmp_path
             ),
             *("--packing", packing, *(["--packing_length", 8192] if packing == "true" else [])),
         )
-        assert ("packing: 12 samples in 1 sequences of 8,192" in out) == (packing == "true")
+        assert ("packing: 12 samples in 1 sequence of 8,192" in out) == (packing == "true")
         lines = (tmp_path / packing / "metrics.jsonl").read_text().splitlines()
         found.append(next(line for line in map(json.loads, lines) if "loss" in line))
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-4)

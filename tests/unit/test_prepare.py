@@ -84,7 +84,7 @@ def test_two_processes_give_the_rows_of_one_in_order(file, template, capsys):
     said = capsys.readouterr().out
     assert lists(prepare([name], template, options, cache=False, processes=2)) == lists(one)
     assert capsys.readouterr().out == said
-    assert "1 bad rows skipped, first: a.jsonl:401: messages is int" in said
+    assert "1 bad row skipped, first: a.jsonl:401: messages is int" in said
 
 
 def test_the_first_bad_row_stops_whatever_the_processes(file, template, tmp_path):
@@ -186,7 +186,7 @@ def full(template):
 def test_long_rows_are_dropped_by_default_and_counted(file, template, full, capsys):
     rows = prepare([file([LONG, *alpaca(2)])], template, DataOptions(max_length=full[0] - 1))
     assert len(rows) == 2
-    assert f"1 rows dropped: they are longer than --max_length {full[0] - 1}" in capsys.readouterr().out
+    assert f"1 row dropped, longer than --max_length {full[0] - 1}" in capsys.readouterr().out
     with pytest.raises(OssiaError, match=rf"a\.jsonl:1: {full[0]} tokens, over --max_length"):
         prepare([file([LONG, *alpaca(2)])], template, DataOptions(max_length=full[0] - 1, truncation="error"))
 
@@ -198,24 +198,24 @@ def test_left_drops_the_oldest_turns_and_keeps_instructions(file, template, toke
         text = tokenizer.decode(rows[0].input_ids)
         assert "Be kind." in text
         assert text.endswith("a3 " * 5 + "<|return|>")
-        assert ("1 rows cut to" in capsys.readouterr().out) == bool(kept)
+        assert ("1 row cut to" in capsys.readouterr().out) == bool(kept)
     name = file([LONG, *alpaca(2)])
     with pytest.raises(OssiaError, match="shorter than every row"):
         prepare([name], template, DataOptions(max_length=60, truncation="left"))
     prepare([file([LONG, conversation("q", "a")])], template, DataOptions(max_length=full[2] - 1, truncation="left"))
-    assert "1 rows dropped: their last turn alone is longer" in capsys.readouterr().out
+    assert "1 row dropped, whose last turn alone is longer" in capsys.readouterr().out
 
 
 def test_right_cuts_and_says_where(file, template, full, capsys):
     rows = prepare([file([LONG])], template, DataOptions(max_length=full[0] - 3, truncation="right"))
     assert len(rows[0]) == full[0] - 3
-    assert "1 rows cut to --max_length" in (said := capsys.readouterr().out)
-    assert "within what they train: no end token is trained there" in said
+    assert "1 row cut to --max_length" in (said := capsys.readouterr().out)
+    assert "within what is trained: no end token is trained there" in said
     asked = conversation("q", "a", "and a question that nobody answers")
     length = len(prepare([file([asked])], template)[0])
     capsys.readouterr()
     prepare([file([asked])], template, DataOptions(max_length=length - 4, truncation="right"))
-    assert "behind their last trained token" in capsys.readouterr().out
+    assert "behind the last trained token" in capsys.readouterr().out
     with pytest.raises(OssiaError, match="shorter than every row"):
         prepare([file([LONG])], template, DataOptions(max_length=40, truncation="right"))
 

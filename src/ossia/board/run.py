@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from ossia.board.runs import Runs
 from ossia.config import BoardConfig
-from ossia.console import say
+from ossia.console import counted, say
 from ossia.errors import UsageError
 from ossia.track.report import CHARTS
 from ossia.web import render, to_json
@@ -31,7 +31,7 @@ def run(config: BoardConfig) -> None:
         raise UsageError(f"ossia board {config.folder}: no such folder")
     with serve(root.resolve(), config.host, config.port) as server:
         try:
-            say(f"{len(server.runs.changes()['ids']):,} runs in {root}")
+            say(f"{counted(len(server.runs.changes()['ids']), 'run')} in {root}")
             say(f"board: http://{config.host}:{server.server_port}   (Ctrl-C ends it)")
             if not server.local:
                 say("every machine that reaches this address can read these runs")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ossia.config import CheckConfig, StatsConfig
-from ossia.console import Advance, grid, progress, text_console
+from ossia.console import Advance, counted, grid, progress, text_console
 from ossia.data.page import write_page
 from ossia.data.report import Found, Report, collect, histogram
 from ossia.data.sources import find_datasets
@@ -33,8 +33,9 @@ def check(config: CheckConfig) -> None:
     else:
         _print_check(report)
     if report.bad:
-        rows = "1 row" if report.bad == 1 else f"{report.bad:,} rows"
-        raise OssiaError(f"{rows} cannot be read; mend them, or leave them out with --on_bad_row skip")
+        raise OssiaError(
+            f"{counted(report.bad, 'row')} cannot be read; mend them, or leave them out with --on_bad_row skip"
+        )
 
 
 def stats(config: StatsConfig) -> None:
@@ -112,8 +113,9 @@ def _title(console: Console, text: str) -> None:
 def _head(console: Console, report: Report) -> None:
     files = f"{len(report.files)} files" if len(report.files) > 1 else report.files[0]
     kinds = ", ".join(f"{count:,} {name}" for name, count in report.formats.most_common()) or "none readable"
-    rows = "1 row" if report.rows == 1 else f"{report.rows:,} rows"
-    console.print(f"{files}: {rows}, {report.usable:,} can be trained on", style="bold", soft_wrap=True)
+    console.print(
+        f"{files}: {counted(report.rows, 'row')}, {report.usable:,} can be trained on", style="bold", soft_wrap=True
+    )
     console.print(f"formats: {kinds}", soft_wrap=True)
     if unused := report.counts.unused_names():
         console.print(f"columns not used: {unused}", soft_wrap=True)
@@ -154,7 +156,9 @@ def _print_stats(report: Report) -> None:
     console.print("  ".join(f"{name} {length:,}" for name, length in lengths.items()))
     _bars(console, [(f"{part.start:,}+", part.rows, "") for part in histogram(report.lengths, _BINS)])
     cut = f", {report.cut.count:,} cut to it" if report.cut.count else ""
-    console.print(f"--max_length {report.max_length:,}: {report.too_long.count:,} rows longer and not trained{cut}")
+    console.print(
+        f"--max_length {report.max_length:,}: {counted(report.too_long.count, 'row')} longer and not trained{cut}"
+    )
 
     _title(console, f"Tokens: {total.tokens:,}, {total.trained:,} carry loss ({total.share:.1%})")
     table = grid("left", "right", "right", "right")
@@ -163,8 +167,8 @@ def _print_stats(report: Report) -> None:
         table.add_row(channel or "prompt", f"{share.tokens:,}", f"{share.trained:,}", f"{share.share:.1%}")
     console.print(table)
     console.print(
-        f"packed to {report.max_length:,}: {report.counts.samples:,} samples in {packing.packs:,} "
-        f"sequence{'s' * (packing.packs != 1)}, {packing.fill:.1%} full"
+        f"packed to {report.max_length:,}: {counted(report.counts.samples, 'sample')} in "
+        f"{counted(packing.packs, 'sequence')}, {packing.fill:.1%} full"
     )
 
     _title(console, "Turns per row")

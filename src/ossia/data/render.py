@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from ossia.config.parts import DataOptions, RowOptions
-from ossia.console import plain
+from ossia.console import counted, plain
 from ossia.data.formats import Read, read_row
 from ossia.data.readers import BadRow, Record, decode
 from ossia.data.sources import find_datasets, read_datasets
@@ -143,28 +143,28 @@ class Counts:
         share = self.trained / max(self.tokens, 1)
         limit = f"--max_length {options.max_length:,}"
         lines = [
-            f"{self.samples:,} samples from {kinds} rows, {self.tokens:,} tokens, "
+            f"{counted(self.samples, 'sample')} from {kinds} rows, {counted(self.tokens, 'token')}, "
             f"{self.trained:,} carry loss ({share:.0%}), longest {self.longest:,}"
         ]
         if unused := self.unused_names():
             lines.append(f"columns not used: {unused}")
         if self.bad:
-            lines.append(f"{self.bad:,} bad rows skipped, first: {self.first_bad}")
+            lines.append(f"{counted(self.bad, 'bad row')} skipped, first: {self.first_bad}")
         if self.split:
-            lines.append(f"{self.split:,} rows with reasoning in earlier turns split into one sample a turn")
+            lines.append(f"{counted(self.split, 'row')} with reasoning in earlier turns split into one sample a turn")
         if self.too_long:
-            why = "their last turn alone is" if options.truncation == "left" else "they are"
-            lines.append(f"{self.too_long:,} rows dropped: {why} longer than {limit}")
+            which = "whose last turn alone is longer" if options.truncation == "left" else "longer"
+            lines.append(f"{counted(self.too_long, 'row')} dropped, {which} than {limit}")
         said = {
-            "turns": f"{self.cut['turns']:,} rows cut to {limit} by their oldest turns",
-            "end": f"{self.cut['end']:,} rows cut to {limit} behind their last trained token",
-            "answer": f"{self.cut['answer']:,} rows cut to {limit} within what they train: "
+            "turns": f"{counted(self.cut['turns'], 'row')} cut to {limit} by the oldest turns",
+            "end": f"{counted(self.cut['end'], 'row')} cut to {limit} behind the last trained token",
+            "answer": f"{counted(self.cut['answer'], 'row')} cut to {limit} within what is trained: "
             "no end token is trained there",
-            "pieces": f"texts longer than {limit} cut into {self.cut['pieces']:,} pieces, nothing dropped",
+            "pieces": f"texts longer than {limit} cut into {counted(self.cut['pieces'], 'piece')}, nothing dropped",
         }
         lines += [text for cut, text in said.items() if self.cut[cut]]
         if self.untrained:
-            lines.append(f"{self.untrained:,} rows skipped without loss, first: {self.first_untrained}")
+            lines.append(f"{counted(self.untrained, 'row')} skipped without loss, first: {self.first_untrained}")
         if (options.model_name or options.model_author) and not self.filled:
             lines.append("no row has {{NAME}} or {{AUTHOR}}; --model_name and --model_author change nothing")
         return [f"{label}: {line}" for line in lines]

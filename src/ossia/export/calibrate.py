@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ossia.config import InferConfig
-from ossia.console import progress, say
+from ossia.console import counted, progress, say
 from ossia.export.tensors import Spec, Writer
 from ossia.infer.run import model_of
 from ossia.kernels.expert_mlp.reference import swiglu
@@ -91,7 +91,8 @@ class Calibration:
                     model(input_ids=torch.tensor([text], device=model.device), use_cache=False, logits_to_keep=1)
                     advance(1)
         seconds = time.perf_counter() - started
-        say(f"calibrated on {self.tokens:,} tokens of {len(self._texts)} rows: {seconds:.1f} s with loading the model")
+        rows = counted(len(self._texts), "row")
+        say(f"calibrated on {self.tokens:,} tokens of {rows}: {seconds:.1f} s with loading the model")
         del model
         gc.collect()
         if torch.cuda.is_available():

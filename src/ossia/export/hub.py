@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from ossia.adapters.files import CONFIG as ADAPTER_CONFIG
 from ossia.adapters.files import WEIGHTS as ADAPTER_WEIGHTS
 from ossia.config import ExportConfig
-from ossia.console import Advance, plain, progress, say
+from ossia.console import Advance, counted, plain, progress, say
 from ossia.errors import OssiaError, UsageError
 from ossia.export.card import CARD, CURVE, write_card
 from ossia.export.folder import BESIDE_WEIGHTS, INDEX, REPORT, write_json, write_json_of
@@ -70,7 +70,7 @@ def push(hub: Hub, folder: Path) -> None:
     """Send a staged folder."""
     files = sorted(folder.iterdir())
     total = sum(file.stat().st_size for file in files)
-    say(f"sending {len(files)} files, {amount(total)}")
+    say(f"sending {counted(len(files), 'file')}, {amount(total)}")
     started = time.monotonic()
     try:
         with _progress(total) as advance:
@@ -123,7 +123,7 @@ def sizes(folder: Path) -> dict[str, str]:
     """Each file of a staged folder, and their total."""
     found = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     return {name: amount(size) for name, size in found.items()} | {
-        f"total: {len(found)} files": amount(sum(found.values()))
+        f"total: {counted(len(found), 'file')}": amount(sum(found.values()))
     }
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ossia.adapters.files import CONFIG, WEIGHTS, check_adapter
 from ossia.adapters.origin import fingerprint
 from ossia.config import InferConfig
-from ossia.console import progress, say
+from ossia.console import counted, progress, say
 from ossia.data.render import Counts, read_rows, refuse_bad, spoiled
 from ossia.errors import OssiaError, UsageError
 from ossia.infer.metrics import metrics_line
@@ -96,7 +96,7 @@ class Answers:
                     os.fsync(part.fileno())
                     advance(1)
         seconds = time.monotonic() - started
-        say(f"{len(left):,} rows answered in {seconds:.1f} s ({len(left) / seconds:.2f} rows/s, {rate()})")
+        say(f"{counted(len(left), 'row')} answered in {seconds:.1f} s ({len(left) / seconds:.2f} rows/s, {rate()})")
 
     def finish(self) -> None:
         """Write the result in the rows' order, and say how good it is where rows have answers of their own."""
@@ -108,7 +108,7 @@ class Answers:
             os.fsync(file.fileno())
         whole.replace(self.path)
         self.part.unlink(missing_ok=True)
-        say(f"{len(self.rows):,} answers in {self.path}")
+        say(f"{counted(len(self.rows), 'answer')} in {self.path}")
         pairs = [(done["response"], done["labels"]) for done in self.done.values() if done["labels"]]
         if pairs:
             say(metrics_line(*map(list, zip(*pairs, strict=True))))
@@ -211,7 +211,7 @@ def _read(config: InferConfig, template: Template) -> tuple[list[Conversation], 
         refuse_bad(outcome, config)
         counts.add(outcome)
     if counts.bad:
-        say(f"--val_dataset: {counts.bad:,} bad rows skipped, first: {counts.first_bad}")
+        say(f"--val_dataset: {counted(counts.bad, 'bad row')} skipped, first: {counts.first_bad}")
     if not rows:
         raise UsageError(f"--val_dataset {' '.join(config.val_dataset)}: no row to answer")
     return rows, prompts

@@ -6,6 +6,8 @@ import importlib.util
 import re
 from typing import Any
 
+from ossia.console import counted
+
 _CHINESE = r"[\u3400-\u9fff\uf900-\ufaff]"
 _NEEDED = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}
 _ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -38,7 +40,7 @@ def measure(answers: list[str], labels: list[str]) -> dict[str, float]:
 def metrics_line(answers: list[str], labels: list[str]) -> str:
     """The same for people, and what to install for the rest."""
     found = measure(answers, labels)
-    line = f"{len(answers):,} rows have answers of their own: exact match {found['exact_match']:.1f} %"
+    line = f"{counted(len(answers), 'row')} with answers of their own: exact match {found['exact_match']:.1f} %"
     if "bleu" not in found:
         return f"{line}; BLEU, chrF and ROUGE need: pip install {' '.join(missing())}"
     rouge = " / ".join(f"{found[name]:.1f}" for name in _ROUGE)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, PreTrainedModel
 
-from ossia.console import progress, say
+from ossia.console import counted, progress, say
 from ossia.errors import OssiaError, UsageError, nearest
 from ossia.kernels.available import HAS_TRITON
 from ossia.kernels.mxfp4 import dequantize
@@ -274,6 +274,8 @@ def put(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _check_names(folder: Path, missing: set[str], extra: set[str]) -> None:
     if missing:
-        raise OssiaError(f"{folder}: {len(missing)} tensors are missing, first {sorted(missing)[0]}")
+        raise OssiaError(f"{folder}: {counted(len(missing), 'tensor')} missing, first {sorted(missing)[0]}")
     if extra:
-        raise OssiaError(f"{folder}: {len(extra)} tensors fit nowhere in this architecture, first {sorted(extra)[0]}")
+        raise OssiaError(
+            f"{folder}: {counted(len(extra), 'tensor')} of no use in this architecture, first {sorted(extra)[0]}"
+        )

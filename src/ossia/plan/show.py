@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ossia.console import Side, grid, text_console
+from ossia.console import Side, counted, grid, text_console
 from ossia.train.plan import GB
 
 _PARTS = {
@@ -59,8 +59,8 @@ def _head(result: dict[str, Any]) -> list[str]:
     trained = f"{result['trained_parameters']:,} parameters"
     lines = [f"{result['model']}: LoRA of rank {result['lora_rank']} on {targets}, {trained}"]
     rows, accumulated, processes = result["batch"], result["accumulated"], result["processes"]
-    what = ("sequence" if result["packing"] else "row") + "s" * (rows > 1)
-    batch = f"{rows} {what} of {'' if result['rows'] is None or result['packing'] else 'up to '}{result['longest']:,}"
+    what = counted(rows, "sequence" if result["packing"] else "row")
+    batch = f"{what} of {'' if result['rows'] is None or result['packing'] else 'up to '}{result['longest']:,}"
     times = "".join(
         f" × {count} {name}" for count, name in ((accumulated, "accumulated"), (processes, "processes")) if count > 1
     )
@@ -72,7 +72,7 @@ def _head(result: dict[str, Any]) -> list[str]:
         about = estimate if result["margin"] > 1 else ""
         padding = 1 - result["tokens_per_epoch"] / result["padded_tokens_per_epoch"]
         padded = f"; {padding:.0%} of the batches is padding" if padding > 0.005 else ""
-        lines.append(f"data: {result['rows']:,} rows, {result['tokens_per_epoch']:,} tokens{about}{padded}")
+        lines.append(f"data: {counted(result['rows'], 'row')}, {result['tokens_per_epoch']:,} tokens{about}{padded}")
         steps, epoch = result["optimizer_steps"], result["optimizer_steps_per_epoch"]
         whole = f"; {steps:,} in all" if steps != epoch else ""
         lines.append(f"optimizer steps: {epoch:,} in an epoch{whole}")
@@ -170,7 +170,7 @@ def _disk(disk: dict[str, Any]) -> str:
         parts.append(f"{_gb(disk['checkpoint'])} a checkpoint")
     elif disk["checkpoints_at_a_time"]:
         count = disk["checkpoints_at_a_time"]
-        parts.append(f"{count} checkpoint{'s' * (count > 1)} {_gb(disk['checkpoints'])}")
+        parts.append(f"{counted(count, 'checkpoint')} {_gb(disk['checkpoints'])}")
     if disk["rows"]:
         parts.append(f"tokenised rows {_gb(disk['rows'])}")
     merged = disk["merged"]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from ossia.adapters.files import check_adapter
 from ossia.config import InferConfig
 from ossia.config.serve import ServeConfig
-from ossia.console import say
+from ossia.console import counted, say
 from ossia.errors import OssiaError, UsageError
 from ossia.infer.run import model_of, template_of
 from ossia.template.base import Template
@@ -206,7 +206,7 @@ def serve(
                 service.worker.abandon(ApiError(503, "the server was stopped", code="stopping"))
                 return
             service.stopping = True
-            say(f"stopping: {service.worker.unfinished} answers are running (again: at once)")
+            say(f"stopping: {counted(service.worker.unfinished, 'answer')} running (again: at once)")
             self.drain = asyncio.create_task(self.finish())
 
         async def finish(self) -> None:

@@ -16,7 +16,7 @@ from ossia.adapters.targets import check_targets
 from ossia.compat import quiet_libraries
 from ossia.config import SftConfig
 from ossia.config.base import parse_seconds
-from ossia.console import say, tool, world_size
+from ossia.console import counted, say, tool, world_size
 from ossia.data.packing import PackedRows
 from ossia.data.prepare import prepare, split
 from ossia.data.sources import find_datasets
@@ -139,13 +139,14 @@ def read_rows(config: SftConfig, template: Any) -> tuple[TokenRows, TokenRows | 
         return rows, None
     rows, held, groups = split(rows, ratio, config.seed)
     same = f"; {groups:,} groups of near duplicates, each on one side" if groups else ""
-    say(f"held out: {len(held):,} samples, {len(rows):,} left to train on{same}")
+    say(f"held out: {counted(len(held), 'sample')}, {len(rows):,} left to train on{same}")
     return rows, held
 
 
 def _packed(config: SftConfig, rows: TokenRows) -> PackedRows:
     packed = PackedRows(rows, config.packing_length or config.max_length)
-    say(f"packing: {len(rows):,} samples in {len(packed):,} sequences of {packed.capacity:,}, {packed.fill:.1%} full")
+    samples, sequences = counted(len(rows), "sample"), counted(len(packed), "sequence")
+    say(f"packing: {samples} in {sequences} of {packed.capacity:,}, {packed.fill:.1%} full")
     return packed
 
 
