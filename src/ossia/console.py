@@ -34,6 +34,14 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def shown_bytes(count: float) -> str:
+    """`13.8 GB`, `20.1 kB`: in powers of 1,000."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def say(line: str = "") -> None:
     """Print one line, from the main process only."""
     if is_main_process():

@@ -290,7 +290,9 @@ def test_wrong_tensors_are_named_before_any_is_read(broken, experts):
 
     says(lambda t: t.pop("model.norm.weight"), "1 tensor missing, first model.norm.weight")
     says(lambda t: t.pop(f"{UP}_scales"), f"1 tensor missing, first {UP}_scales")
-    says(lambda t: t.update({"model.extra": torch.ones(1)}), "1 tensor of no use in this architecture, first model.extra")
+    says(
+        lambda t: t.update({"model.extra": torch.ones(1)}), "1 tensor of no use in this architecture, first model.extra"
+    )
     says(lambda t: t.update({"model.extra_blocks": torch.ones(1).byte()}), "first model.extra_blocks")
     says(lambda t: t.update({"lm_head.weight_blocks": torch.ones(1).byte()}), "first lm_head.weight_blocks")
     says(lambda t: t.update({"model.norm.weight": torch.ones(3)}), "model.norm.weight is (3,)", "says (64,)")

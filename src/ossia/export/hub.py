@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from ossia.adapters.files import CONFIG as ADAPTER_CONFIG
 from ossia.adapters.files import WEIGHTS as ADAPTER_WEIGHTS
 from ossia.config import ExportConfig
-from ossia.console import Advance, counted, plain, progress, say
+from ossia.console import Advance, counted, plain, progress, say, shown_bytes
 from ossia.errors import OssiaError, UsageError
 from ossia.export.card import CARD, CURVE, write_card
 from ossia.export.folder import BESIDE_WEIGHTS, INDEX, REPORT, write_json, write_json_of
@@ -70,7 +70,7 @@ def push(hub: Hub, folder: Path) -> None:
     """Send a staged folder."""
     files = sorted(folder.iterdir())
     total = sum(file.stat().st_size for file in files)
-    say(f"sending {counted(len(files), 'file')}, {amount(total)}")
+    say(f"sending {counted(len(files), 'file')}, {shown_bytes(total)}")
     started = time.monotonic()
     try:
         with _progress(total) as advance:
@@ -78,7 +78,7 @@ def push(hub: Hub, folder: Path) -> None:
     except KeyboardInterrupt:
         say(f"stopped; {_AGAIN}")
         raise
-    say(f"pushed: {hub.url} ({_seen(hub.private)}; {amount(total)} in {time.monotonic() - started:.0f} s)")
+    say(f"pushed: {hub.url} ({_seen(hub.private)}; {shown_bytes(total)} in {time.monotonic() - started:.0f} s)")
 
 
 @contextmanager
@@ -122,22 +122,14 @@ def show(config: ExportConfig, files: dict[str, str], source: Path | None) -> No
 def sizes(folder: Path) -> dict[str, str]:
     """Each file of a staged folder, and their total."""
     found = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    return {name: amount(size) for name, size in found.items()} | {
-        f"total: {counted(len(found), 'file')}": amount(sum(found.values()))
+    return {name: shown_bytes(size) for name, size in found.items()} | {
+        f"total: {counted(len(found), 'file')}": shown_bytes(sum(found.values()))
     }
 
 
 def staying(folder: Path, going: dict[str, str]) -> dict[str, str]:
     """Why each other thing in a folder is not pushed."""
     return {path.name: _reason(path) for path in sorted(folder.iterdir()) if path.name not in going}
-
-
-def amount(size: float) -> str:
-    """A size for people."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size:.0f} bytes"
 
 
 def _seen(private: bool) -> str:

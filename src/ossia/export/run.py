@@ -12,12 +12,12 @@ from typing import Any
 from ossia.adapters.files import WEIGHTS, base_model_of, check_adapter
 from ossia.config import ExportConfig, InferConfig
 from ossia.config.hub import HubOptions
-from ossia.console import say, tool
+from ossia.console import say, shown_bytes, tool
 from ossia.data.sources import find_datasets
 from ossia.errors import OssiaError, UsageError
 from ossia.export.card import write_card
 from ossia.export.folder import check_output, write_json
-from ossia.export.hub import Hub, amount, open_hub, push, show, sizes, staged_adapter, staged_model
+from ossia.export.hub import Hub, open_hub, push, show, sizes, staged_adapter, staged_model
 from ossia.export.rows import conversations_of, drawn
 from ossia.export.verify import RESULT
 from ossia.infer.run import template_of
@@ -231,7 +231,7 @@ def _show_merge(config: ExportConfig, named: str) -> None:
                 for name, entry in stored.items()
                 if not name.endswith("_scales")
             )
-        files["*.gguf" if config.format == "gguf" else "*.safetensors"] = f"about {amount(size)}"
+        files["*.gguf" if config.format == "gguf" else "*.safetensors"] = f"about {shown_bytes(size)}"
     else:
         files["*.gguf" if config.format == "gguf" else "*.safetensors"] = (
             f"as large as the base makes them ({named} is not on this machine)"

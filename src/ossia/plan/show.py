@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ossia.console import Side, counted, grid, text_console
+from ossia.console import Side, counted, grid, shown_bytes, text_console
 from ossia.train.plan import GB
 
 _PARTS = {
@@ -47,7 +47,9 @@ def show(result: dict[str, Any]) -> None:
         changes = gpu["changes"][:_CHANGES]
         width = max((len(change["flags"]) for change in changes), default=0)
         for change in changes:
-            console.print(f"    {change['flags']:<{width}}  {_gb(change['peak'])}; {change['cost']}", soft_wrap=True)
+            console.print(
+                f"    {change['flags']:<{width}}  {shown_bytes(change['peak'])}; {change['cost']}", soft_wrap=True
+            )
 
 
 def _head(result: dict[str, Any]) -> list[str]:
@@ -123,8 +125,8 @@ def _verdict(gpu: dict[str, Any]) -> str:
     if gpu["fits"]:
         return f"fits, {(gpu['budget'] - gpu['peak']) / GB:.1f} GB to spare"
     if gpu["budget"] > gpu["free"]:
-        return f"does not fit: --memory_budget is over the {_gb(gpu['free'])} that are free"
-    return f"does not fit: the leanest plan takes {_gb(gpu['peak'])}, {_gb(gpu['budget'])} may be taken"
+        return f"does not fit: --memory_budget is over the {shown_bytes(gpu['free'])} that are free"
+    return f"does not fit: the leanest plan takes {shown_bytes(gpu['peak'])}, {shown_bytes(gpu['budget'])} may be taken"
 
 
 def _advice(gpu: dict[str, Any]) -> list[str]:
@@ -133,7 +135,7 @@ def _advice(gpu: dict[str, Any]) -> list[str]:
         return [*larger, "makes it fit:" if gpu["changes"] else "no change of flags makes it fit"]
     lines = list(gpu["lines"])
     if _again(gpu):
-        lines.append(f"with {_gb(gpu['none_again'])} no layer would be made again")
+        lines.append(f"with {shown_bytes(gpu['none_again'])} no layer would be made again")
     return [*lines, *(["faster:"] if gpu["changes"] else [])]
 
 
@@ -165,18 +167,18 @@ def _case(source: dict[str, Any]) -> str:
 
 
 def _disk(disk: dict[str, Any]) -> str:
-    parts = [f"weights to download {_gb(disk['weights'])}" if disk["weights"] else "weights are here"]
+    parts = [f"weights to download {shown_bytes(disk['weights'])}" if disk["weights"] else "weights are here"]
     if disk["checkpoints"] is None:
-        parts.append(f"{_gb(disk['checkpoint'])} a checkpoint")
+        parts.append(f"{shown_bytes(disk['checkpoint'])} a checkpoint")
     elif disk["checkpoints_at_a_time"]:
         count = disk["checkpoints_at_a_time"]
-        parts.append(f"{counted(count, 'checkpoint')} {_gb(disk['checkpoints'])}")
+        parts.append(f"{counted(count, 'checkpoint')} {shown_bytes(disk['checkpoints'])}")
     if disk["rows"]:
-        parts.append(f"tokenised rows {_gb(disk['rows'])}")
-    merged = disk["merged"]
-    exported = f"a merged model {_gb(merged['mxfp4'])} (mxfp4, gguf) or {_gb(merged['bf16'])} (bf16) more"
+        parts.append(f"tokenised rows {shown_bytes(disk['rows'])}")
+    small, large = (shown_bytes(disk["merged"][kind]) for kind in ("mxfp4", "bf16"))
+    exported = f"a merged model {small} (mxfp4, gguf) or {large} (bf16) more"
     short = ", too little" if disk["needed"] > disk["free"] else ""
-    return f"disk: {', '.join(parts)}; {exported}; {_gb(disk['free'])} free here{short}"
+    return f"disk: {', '.join(parts)}; {exported}; {shown_bytes(disk['free'])} free here{short}"
 
 
 def _speed(gpu: dict[str, Any]) -> str:
@@ -195,10 +197,6 @@ def _again(gpu: dict[str, Any]) -> int:
 
 def _of(count: int, whole: int) -> str:
     return f"all {whole}" if count == whole else f"{count} of {whole}"
-
-
-def _gb(count: int) -> str:
-    return f"{count / GB:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"
 
 
 def _time(seconds: float) -> str:
