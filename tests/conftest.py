@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,28 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     return request.param
+
+
+@pytest.fixture
+def held_by_another() -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
+    """Starts a process that holds a run's folder, until the test or the process ends."""
+    code = (
+        "import sys, time; from pathlib import Path; from ossia.track.lock import hold; "
+        "lock = hold(Path(sys.argv[1])); print(flush=True); time.sleep(600)"
+    )
+    started: list[subprocess.Popen[str]] = []
+
+    def start(run: Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,22 @@ def test_runs_are_found_summed_up_and_followed(root):
     assert runs.csv(["c"], ["loss"]).splitlines()[:2] == ["run,step,time,loss", "c,1,1002.0,3.0"]
     with pytest.raises(KeyError):
         runs.curves(["a/v0-first"], ["loss"], 100)
+
+
+def test_a_run_is_live_while_a_process_holds_it(root, held_by_another):
+    def live():
+        return [one["id"] for one in runs.changes()["runs"] if one["live"]]
+
+    runs = Runs(root)
+    file = root / "c" / "metrics.jsonl"
+    os.utime(file, (1.0, 1.0))
+    quiet = live()
+    process = held_by_another(root / "c")
+    assert live() == [*quiet, "c"], "a step may take longer than any time to wait"
+    process.kill()
+    process.wait()
+    os.utime(file)
+    assert live() == quiet, "killed a moment ago"
 
 
 def test_a_run_without_options_or_with_broken_lines_is_shown(tmp_path):

@@ -56,6 +56,17 @@ def spoil(checkpoint):
     file.write_bytes(data)
 
 
+def test_a_run_that_another_process_trains_is_left_alone(config, held_by_another):
+    done = run(changed(config, output_dir="one", add_version=False, max_steps=4))
+    held_by_another(done.run_dir)
+    before = {path: path.read_bytes() for path in done.run_dir.rglob("*") if path.is_file()}
+    again = changed(config, output_dir="one", add_version=False, max_steps=4)
+    for other in ({}, {"resume": "auto"}, {"resume": "one"}, {"resume": "one/checkpoint-2"}):
+        with pytest.raises(UsageError, match=r"one: process \d+ on .* trains there"):
+            run(changed(again, **other))
+    assert {path: path.read_bytes() for path in done.run_dir.rglob("*") if path.is_file()} == before
+
+
 def test_killed_runs_equal_one_left_alone():
     done = measure(kills=2, steps=24, processes=1, seed=1)
     assert done["kills"] == 2

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ossia.track.jsonl import METRICS
+from ossia.track.lock import holder
 from ossia.track.report import REPORT
 from ossia.track.series import MetricsReader, parse, points
 
@@ -63,7 +64,7 @@ class Runs:
             for name, stat in found.items():
                 entry = self._entries.setdefault(name, _Entry())
                 stamp = (stat.st_size, stat.st_mtime_ns)
-                if stamp != entry.stamp or self._lives(entry.row, stat.st_mtime) != entry.live:
+                if stamp != entry.stamp or self._lives(name, entry.row, stat.st_mtime) != entry.live:
                     self._sum_up(name, entry, stamp)
                     entry.version = self._version
             rows = [{"id": name, **one.row} for name, one in self._entries.items() if one.version > since]
@@ -160,7 +161,7 @@ class Runs:
             for key, value in (parse(line) or {}).items():
                 last.setdefault(key, value)
         entry.stamp = stamp
-        entry.live = self._lives(last, stamp[1] / 1e9)
+        entry.live = self._lives(name, last, stamp[1] / 1e9)
         options = self._options(name, entry)
         entry.row = {
             "name": Path(name).name if name != "." else self.root.name,
@@ -184,8 +185,11 @@ class Runs:
             pass
         return entry.options
 
-    @staticmethod
-    def _lives(last: dict[str, Any], modified: float) -> bool:
-        """Whether a run seems to go on: written to lately, and not at its end."""
+    def _lives(self, name: str, last: dict[str, Any], modified: float) -> bool:
+        """Whether a run goes on: not at its end, and a process holds it; or, where that cannot be known, written to
+        lately."""
         progress = last.get("progress", last.get("last", {}).get("progress")) or 0.0
-        return progress < 1 and time.time() - modified < _LIVE_S
+        if progress >= 1:
+            return False
+        process = holder(self.root / name)
+        return bool(process) if process is not None else time.time() - modified < _LIVE_S

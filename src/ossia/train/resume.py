@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ossia.config import SftConfig
-from ossia.console import say, tool
+from ossia.console import is_main_process, say, tool
 from ossia.data.store import TokenRows
 from ossia.errors import OssiaError, UsageError
 from ossia.track import read_metrics
 from ossia.track.files import write_aside
 from ossia.track.jsonl import METRICS
+from ossia.track.lock import held, holder
 from ossia.track.report import SAMPLES
 from ossia.train.checkpoint import checkpoints, damage, manifest, sound_checkpoint, step_of, tidy
 from ossia.train.folder import CONFIG, numbered_runs, options_of, point
@@ -69,9 +70,11 @@ def find_start(config: SftConfig) -> Start:
     """What `--resume` and `--resume_from_checkpoint` mean; looks only, changes nothing.
 
     Raises:
-        UsageError: no such checkpoint or run, or a run of other options.
+        UsageError: no such checkpoint or run, a run of other options, or one that another process trains.
         OssiaError: the checkpoint asked for is damaged.
     """
+    if not config.add_version:
+        _refuse_running(Path(config.output_dir).expanduser().resolve())
     if config.resume_from_checkpoint:
         checkpoint = Path(config.resume_from_checkpoint).expanduser().resolve()
         if not (checkpoint / "trainer_state.json").is_file():
@@ -86,11 +89,13 @@ def find_start(config: SftConfig) -> Start:
         if run is None:
             say(f"--resume auto: no run of these options in {config.output_dir}; starting one")
             return Start()
+        _refuse_running(run)
         return _start_of(run)
     path = Path(config.resume).expanduser().resolve()
     run = path.parent if step_of(path) >= 0 else path
     if not (run / CONFIG).is_file():
         raise UsageError(f"--resume {config.resume}: neither a run folder nor a checkpoint-N folder in one")
+    _refuse_running(run)
     different = differences(config, options_of(run))
     if different:
         raise UsageError(
@@ -191,6 +196,12 @@ def _newest_run(config: SftConfig) -> Path | None:
         except UsageError as error:
             say(f"{run.name} is passed over: {error}")
     return None
+
+
+def _refuse_running(run: Path) -> None:
+    # The other processes of this very run may come later than its first.
+    if is_main_process() and (process := holder(run)):
+        raise held(run, process)
 
 
 def _refuse_damaged(checkpoint: Path) -> None:

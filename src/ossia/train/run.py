@@ -9,7 +9,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ossia.adapters.files import base_model_of, check_adapter
 from ossia.adapters.targets import check_targets
@@ -30,6 +30,7 @@ from ossia.template.options import template_from
 from ossia.track import read_metrics
 from ossia.track.files import RUN, facts_of, note
 from ossia.track.jsonl import METRICS
+from ossia.track.lock import hold
 from ossia.train.adapters import one_adapter, take_settings
 from ossia.train.checkpoint import checkpoints
 from ossia.train.deterministic import before_cuda, deterministic
@@ -299,7 +300,7 @@ def _train(
         lay_out(wrapped)
     for line in coverage_lines(wrapped, total):
         say(line)
-    run_dir = _run_folder(config, start, state.is_main_process)
+    run_dir, lock = _run_folder(config, start, state.is_main_process)
     earlier = facts_of(run_dir).get("run_ids", {}) if start.run else {}
     trackers = make_trackers(
         config.report_to if state.is_main_process else None,
@@ -344,8 +345,9 @@ def _train(
     finally:
         shown.close()
         trackers.finish(status)
-        if state.is_main_process:
+        if lock is not None:
             _note_end(run_dir, status)
+            lock.close()
     if stop.unsaved:
         raise OssiaError(f"the last checkpoint is not saved: {stop.unsaved}. {_safe(run_dir)}")
     if status == "interrupted":
@@ -370,17 +372,19 @@ def _note_end(run_dir: Path, status: str) -> None:
         say(f"{RUN} still says running: {error.strerror}")
 
 
-def _run_folder(config: SftConfig, start: Start, is_main_process: bool) -> Path:
-    """The run's folder, made or brought back to where it goes on from by the main process."""
+def _run_folder(config: SftConfig, start: Start, is_main_process: bool) -> tuple[Path, IO[str] | None]:
+    """The run's folder, made or brought back to where it goes on from by the main process, which holds its lock."""
     from accelerate.utils import broadcast_object_list
 
-    folder = start.run
-    if is_main_process and folder is None:
-        folder = new_run_folder(config.output_dir, config.add_version)
-        save_options(folder, dataclasses.replace(config, resume=None))
-    elif is_main_process:
-        take_back(start)
-    return Path(broadcast_object_list([str(folder)])[0])
+    folder, lock = start.run, None
+    if is_main_process:
+        folder = folder or new_run_folder(config.output_dir, config.add_version)
+        lock = hold(folder)
+        if start.run is None:
+            save_options(folder, dataclasses.replace(config, resume=None))
+        else:
+            take_back(start)
+    return Path(broadcast_object_list([str(folder)])[0]), lock
 
 
 def _safe(run: Path) -> str:
