@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -22,12 +23,15 @@ def new_run_folder(output_dir: str, add_version: bool) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         if not add_version:
             return parent
-        number = max((number for number, _ in numbered_runs(parent)), default=-1) + 1
-        folder = parent / f"v{number}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder.mkdir()
+        while True:
+            number = max((number for number, _ in numbered_runs(parent)), default=-1) + 1
+            folder = parent / f"v{number}-{time.strftime('%Y%m%d-%H%M%S')}"
+            # Another run may have begun in the same moment.
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from error
-    return folder
 
 
 def numbered_runs(parent: Path) -> list[tuple[int, Path]]:
