@@ -24,7 +24,7 @@ _SWIGLU_BACKWARD = {"ROWS": 32, "COLS": 64, "num_warps": 4, "num_stages": 3}
 # So few registers that some are spilled, and more blocks run side by side.
 _SWIGLU_COLUMNS = {"ROWS": 32, "COLS": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
 _COLUMNS_RANK = 16
-"""The highest rank whose columns' shares of the thin products take less memory than the rows."""
+"""Up to this rank the columns' shares of the thin products fit where rows lay that are gone by then."""
 _FINISH = {"ROWS": 64, "num_warps": 4}
 _OUTER = {"ROWS": 64, "COLS": 128, "num_warps": 4, "num_stages": 2}
 
