@@ -341,7 +341,7 @@ def test_bad_input_is_named_before_a_tensor_is_read(tiny_gpt_oss, tiny_llama, ad
     os.truncate(cut, cut.stat().st_size - 10)
     refused(base, adapter, OssiaError, r"model-00001-of-00001\.safetensors: damaged or cut short")
     cut.unlink()
-    refused(base, adapter, OssiaError, "weight files of the index are missing, first model-00001")
+    refused(base, adapter, OssiaError, "weight file of the index missing, first model-00001")
     refused(tiny.gpt_oss(tmp_path / "wide", hidden=96), adapter, OssiaError, "adapter of another base model")
     refused(tiny.gpt_oss(tmp_path / "short", layers=1), adapter, OssiaError, "no weight in")
     refused(tiny_llama, adapter, UsageError, "--format mxfp4: .* is no gpt-oss")

@@ -24,6 +24,7 @@ from ossia.adapters.inject import inject
 from ossia.adapters.origin import KEY, fingerprint
 from ossia.adapters.targets import Targets
 from ossia.compat import save_tensors
+from ossia.console import counted
 from ossia.errors import OssiaError
 from ossia.model.experts import Experts
 from ossia.model.names import PROJECTIONS
@@ -122,9 +123,8 @@ def load_adapter_tensors(model: PeftModel, folder: Path, adapter: str = "default
     wanted = adapter_tensors(model, adapter)
     if set(tensors) != set(wanted):
         names = sorted(set(tensors) ^ set(wanted))
-        raise OssiaError(
-            f"{folder}: this adapter does not fit the model; {len(names)} tensors differ, first {names[0]}"
-        )
+        odd = counted(len(names), "tensor")
+        raise OssiaError(f"{folder}: this adapter does not fit the model; {odd} in only one, first {names[0]}")
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise OssiaError(

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ossia.console import counted
 from ossia.errors import OssiaError, UsageError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -56,7 +57,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
             raise OssiaError(f"{index}: no weight_map in it; download the file again")
         missing = sorted({file for file in names.values() if not (folder / file).is_file()})
         if missing:
-            raise OssiaError(f"{folder}: {len(missing)} weight files of the index are missing, first {missing[0]}")
+            raise OssiaError(
+                f"{folder}: {counted(len(missing), 'weight file')} of the index missing, first {missing[0]}"
+            )
         return {name: folder / file for name, file in names.items()}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
