@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ossia.console import counted
 from ossia.errors import OssiaError
 from ossia.plan.job import Job
 from ossia.plan.rates import least_tokens
@@ -144,7 +145,7 @@ def _length(job: Job, free: int) -> Steps:
             yield options, "longer rows are left out"
         elif shorter.left_out < len(job.lengths):
             what = "cut" if job.config.truncation in ("left", "right") else "left out"
-            yield options, f"{shorter.left_out:,} rows ({shorter.left_out / len(job.lengths):.1%}) are {what}"
+            yield options, f"{counted(shorter.left_out, 'row')} ({shorter.left_out / len(job.lengths):.1%}) {what}"
 
 
 def _no_experts(job: Job, free: int) -> Steps:

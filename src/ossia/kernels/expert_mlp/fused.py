@@ -16,15 +16,7 @@ from torch import Tensor
 from ossia.kernels.expert_mlp.frozen import Adapter, Frozen
 from ossia.kernels.expert_mlp.memory import Memory, is_recomputing
 from ossia.kernels.expert_mlp.reference import Order
-from ossia.kernels.expert_mlp.triton import (
-    Outer,
-    combine,
-    gather,
-    outer,
-    sort_by_expert,
-    swiglu,
-    swiglu_backward_,
-)
+from ossia.kernels.expert_mlp.triton import Outer, combine, gather, outer, sort_by_expert, swiglu, swiglu_backward_
 from ossia.kernels.grouped_linear import grouped_linear
 
 _Pair = tuple[Tensor | None, Tensor | None]
