@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from ossia.data.formats import read_row
 from ossia.errors import OssiaError
 from ossia.template import load_template, parse_loss_scale
-from ossia.template.harmony import tools_section
-from ossia.template.messages import Conversation, Message, Reply, ToolCall
+from ossia.template.harmony_tools import tools_section
+from ossia.template.messages import BUILTIN_CALLS, Conversation, Message, Reply, ToolCall, is_builtin
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 if not (SHARED / "tokenizer" / "tokenizer.json").is_file():
@@ -60,33 +60,41 @@ def said(role, text, channel=None, to=None, kind=None, name=None):
     return oh.Message(author=author, content=content, channel=channel, recipient=to, content_type=kind)
 
 
-def parts_of(message: Message, answers: str | None) -> list:
+def parts_of(message: Message, answers: ToolCall | None) -> list:
     if message.role == "user":
         return [said("user", message.content)]
     if message.role in ("system", "developer"):
         return [said("developer", oh.DeveloperContent(instructions=message.content))]
     if message.role == "tool":
-        return [said("tool", message.content, "commentary", "assistant", name=f"functions.{message.name or answers}")]
+        name = message.name or answers.name
+        if message.builtin or (answers and answers.builtin):
+            return [said("tool", message.content, "analysis", "assistant", name=name)]
+        return [said("tool", message.content, "commentary", "assistant", name=f"functions.{name}")]
     parts = [said("assistant", message.thinking, "analysis")] if message.thinking else []
-    if message.tool_calls and message.content:
-        parts.append(said("assistant", message.content, "commentary"))
+    if message.content or not (message.tool_calls or message.thinking):
+        channel = message.channel or ("commentary" if message.tool_calls else "final")
+        parts.append(said("assistant", message.content, channel))
     for call in message.tool_calls:
-        to = f"functions.{call.name}"
-        parts.append(said("assistant", call.arguments, "commentary", to, "<|constrain|>json"))
-    if not message.tool_calls and (message.content or not message.thinking):
-        parts.append(said("assistant", message.content, "final"))
+        if call.builtin:
+            parts.append(said("assistant", call.arguments, "analysis", call.name, "code"))
+        else:
+            to = f"functions.{call.name}"
+            parts.append(said("assistant", call.arguments, "commentary", to, "<|constrain|>json"))
     return parts
 
 
 def everything(row: Conversation, effort="Medium") -> list:
     """All of a row as openai-harmony's messages, no reasoning dropped."""
-    out = [said("system", oh.SystemContent(reasoning_effort=oh.ReasoningEffort(effort)))]
+    system = oh.SystemContent(reasoning_effort=oh.ReasoningEffort(effort))
+    for tool_ in filter(is_builtin, row.tools):
+        system = system.with_python_tool() if tool_["type"] == "python" else system.with_browser_tool()
+    out = [said("system", system)]
     messages = list(row.messages)
     developer = oh.DeveloperContent()
     if messages and messages[0].role in ("system", "developer"):
         developer = developer.with_instructions(messages.pop(0).content)
-    if row.tools:
-        functions = [tool.get("function", tool) for tool in row.tools]
+    functions = [tool.get("function", tool) for tool in row.tools if not is_builtin(tool)]
+    if functions:
         described = [
             oh.ToolDescription(
                 name=spec["name"], description=spec.get("description", ""), parameters=spec.get("parameters")
@@ -94,12 +102,12 @@ def everything(row: Conversation, effort="Medium") -> list:
             for spec in functions
         ]
         developer = developer.with_function_tools(described)
-    if developer.instructions or row.tools:
+    if developer.instructions or functions:
         out.append(said("developer", developer))
-    pending: list[str] = []
+    pending: list[ToolCall] = []
     for message in messages:
         if message.tool_calls:
-            pending = [call.name for call in message.tool_calls]
+            pending = list(message.tool_calls)
         answers = pending.pop(0) if message.role == "tool" and pending else None
         out += parts_of(message, answers)
     return out
@@ -214,7 +222,7 @@ def test_rows_of_public_data_are_those_of_openai_harmony(template, oracle, name,
 WORDS = [
     "the", " answer", "42", "\n\n", "  ", "你好", "世界。", "こんにちは", "😀", "👩‍👩‍👧", "é", "e\u0301", "\ufffd", "\u200b",
     "مرحبا", "<|start|>", "<|end|>", "<|call|>", "<|return|>", "<|channel|>final<|message|>", "<|constrain|>", "<|endoftext|>",
-    "<|reserved_200000|>", "<|", "|>", " functions.f", "{\"a\": 1}", "\t", "x" * 30, "don't", "I'LL", "\r\n", "to=", "</think>",
+    "<|reserved_200000|>", "<|", "|>", " functions.f", "{\"a\": 1}", "\t", "x" * 30, "don't", "I'LL", "\r\n", "to=", "<think>",
 ]  # fmt: skip
 
 
@@ -263,8 +271,14 @@ def tool(rng, name):
     return {"type": "function", "function": spec} if rng.random() < 0.7 else spec
 
 
+def called(rng, names, builtins) -> ToolCall:
+    name = rng.choice([*names, *(name for tool_ in builtins for name in BUILTIN_CALLS[tool_])])
+    return ToolCall(name, text(rng), name not in names)
+
+
 def conversation(rng) -> Conversation:
     names = [f"f{i}" for i in range(rng.randint(1, 3))] if rng.random() < 0.5 else []
+    builtins = rng.choice([["python"], ["browser"], ["python", "browser"]]) if rng.random() < 0.3 else []
     messages = [Message(rng.choice(["system", "developer"]), text(rng))] if rng.random() < 0.5 else []
     thinks = rng.random() < 0.7
     turns = rng.randint(1, 3)
@@ -272,17 +286,30 @@ def conversation(rng) -> Conversation:
         messages.append(Message("user", text(rng)))
         if rng.random() < 0.1:
             messages.append(Message("developer", text(rng)))
-        for _ in range(rng.randint(0, 2) if names else 0):
-            calls = tuple(ToolCall(rng.choice(names), text(rng)) for _ in range(rng.randint(1, 2)))
+        for _ in range(rng.randint(0, 2) if names or builtins else 0):
+            if rng.random() < 0.2:
+                # Reasoning, preamble, reasoning, call: the preamble is a message of its own.
+                thinking = text(rng) if thinks and rng.random() < 0.7 else None
+                messages.append(Message("assistant", text(rng), thinking, channel="commentary"))
+            if thinks and rng.random() < 0.1:
+                messages.append(Message("assistant", "", text(rng)))
+            calls = tuple(called(rng, names, builtins) for _ in range(rng.randint(1, 2)))
             thinking = text(rng) if thinks and rng.random() < 0.7 else None
             messages.append(Message("assistant", text(rng) if rng.random() < 0.3 else "", thinking, calls))
-            messages += [Message("tool", text(rng, 0), name=call.name) for call in calls]
+            named = rng.random() < 0.8
+            messages += [
+                Message("tool", text(rng, 0), name=call.name if named else None, builtin=call.builtin and named)
+                for call in calls
+            ]
         if turn == turns - 1 and rng.random() < 0.3:
             break
+        if rng.random() < 0.1:
+            messages.append(Message("assistant", text(rng), channel="commentary"))
         messages.append(Message("assistant", text(rng), text(rng) if thinks and rng.random() < 0.8 else None))
     if messages[-1].role == "tool" and rng.random() < 0.5:
         messages.pop()
-    tools = [tool(rng, name) for name in names]
+    tools = [tool(rng, name) for name in names] + [{"type": name} for name in builtins]
+    rng.shuffle(tools)
     return Conversation(messages, tools, rng.choice([None, "low", "medium", "high"]), "generated")
 
 
@@ -357,7 +384,8 @@ def test_reply_is_what_follows_the_prompt_and_parses_back(template, tokenizer):
             assert rendered.labels[len(prompt) :] == rendered.input_ids[len(prompt) :]
             assert set(rendered.loss_weights[len(prompt) :]) == {1.0}
             reply = rendered.input_ids[len(prompt) :]
-            expected = Reply(message.content, message.thinking or "", message.tool_calls)
+            ends = bool(message.tool_calls) or (bool(message.content) and message.channel is None)
+            expected = Reply(message.content, message.thinking or "", message.tool_calls, ends)
             assert template.parse(reply) == expected
             assert streamed(template, reply) == expected_stream(message)
             checked += 1
@@ -373,9 +401,9 @@ def streamed(template, ids):
 def expected_stream(message):
     calls = "".join(f"{call.name}({call.arguments})" for call in message.tool_calls)
     out = [("analysis", message.thinking)] if message.thinking else []
-    if message.tool_calls:
+    if message.tool_calls or message.channel:
         return [*out, ("commentary", message.content + calls)]
-    return [*out, ("final", message.content)]
+    return [*out, ("final", message.content)] if message.content else out
 
 
 # --- the released chat template
@@ -497,9 +525,10 @@ class TestIntendedDifferences:
         assert "analysis<|message|>I will look." in theirs
         assert "<|start|>assistant<|channel|>commentary<|message|>I will look.<|end|>" in self.ours(call)
 
-    def test_think_tags_become_reasoning(self):
-        row = [Message("user", "?"), Message("assistant", "<think>\nhm\n</think>\n\nYes.")]
-        assert "<think>" in self.theirs([plain(m) for m in row])
+    @pytest.mark.parametrize("opening", ["<think>\n", "", "\n"])
+    def test_think_tags_become_reasoning(self, opening):
+        row = [Message("user", "?"), Message("assistant", f"{opening}hm\n</think>\n\nYes.")]
+        assert "</think>" in self.theirs([plain(m) for m in row])
         reply = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>"
         assert self.ours(row).endswith(reply)
 
@@ -631,6 +660,7 @@ def test_empty_think_renders_nothing_and_trains_nothing(template, tokenizer):
         Message("assistant", "<think>\n\n</think>\n\na"),
         Message("assistant", "a", " \n"),
         Message("assistant", "<think></think>a", None),
+        Message("assistant", "\n</think>\n\na", None),
     ):
         rendered = template.render(Conversation([Message("user", "q"), message]))
         assert trained(tokenizer, rendered) == [(1.0, "<|channel|>final<|message|>a<|return|>")]
@@ -710,7 +740,7 @@ def ids_of(tokenizer, text_):
         ),
         (
             "<|channel|>analysis to=python code<|message|>1+1<|call|>",
-            Reply("", tool_calls=(ToolCall("python", "1+1"),)),
+            Reply("", tool_calls=(ToolCall("python", "1+1", builtin=True),)),
         ),
         (
             " to=functions.f<|channel|>commentary<|message|>{",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ossia.template.messages import Conversation, Message
+from ossia.template.messages import Conversation, Message, ToolCall
 from ossia.template.turns import split_turns
 
 
@@ -35,6 +35,18 @@ def test_each_turn_with_reasoning_ends_a_sample_that_trains_it_alone():
 
 def test_think_blocks_count_as_reasoning():
     assert len(split_turns(row((None, "<think>t</think>a"), (None, "b")))) == 2
+    assert len(split_turns(row((None, "t</think>a"), (None, "b")))) == 2
+    assert len(split_turns(row((None, "<think></think>a"), (None, "b")))) == 1
+
+
+def test_calls_of_built_in_tools_go_with_the_reasoning():
+    def turns(call):
+        messages = [Message("user", "q"), Message("assistant", "", None, (call,)), Message("tool", "r")]
+        rest = [Message("assistant", "a"), Message("user", "q"), Message("assistant", "b")]
+        return [len(sample.messages) for sample in split_turns(Conversation([*messages, *rest]))]
+
+    assert turns(ToolCall("python", "1", builtin=True)) == [4, 6]
+    assert turns(ToolCall("f", "{}")) == [6]
 
 
 def test_calls_and_results_stay_in_their_turn():

@@ -8,6 +8,7 @@ from ossia.errors import OssiaError, UsageError, nearest
 from ossia.template.base import LossWeights, Template, parse_loss_scale
 from ossia.template.generic import GenericTemplate
 from ossia.template.harmony import HarmonyTemplate, missing_tokens
+from ossia.template.harmony_tools import KNOWLEDGE_CUTOFF
 from ossia.template.messages import EFFORTS
 
 __all__ = ["LossWeights", "Template", "load_template", "parse_loss_scale"]
@@ -22,7 +23,7 @@ def load_template(
     system: str | None = None,
     reasoning_effort: str = "medium",
     model_identity: str | None = None,
-    knowledge_cutoff: str = "2024-06",
+    knowledge_cutoff: str = KNOWLEDGE_CUTOFF,
     current_date: str | None = None,
     loss: LossWeights = LossWeights(),  # noqa: B008  (frozen)
 ) -> Template:

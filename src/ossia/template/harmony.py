@@ -9,7 +9,6 @@ Where a turn of the history is trained, its last input token is `<|end|>` and th
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,14 +17,22 @@ from tokenizers import Tokenizer
 
 from ossia.errors import OssiaError
 from ossia.template.base import LossWeights, TextStream, digest, plain_text
-from ossia.template.messages import EFFORTS, Conversation, Message, Piece, Rendered, Reply, ToolCall
+from ossia.template.harmony_tools import IDENTITY, KNOWLEDGE_CUTOFF, system_text, tools_section
+from ossia.template.messages import (
+    BUILTIN_CALLS,
+    EFFORTS,
+    Conversation,
+    Message,
+    Piece,
+    Rendered,
+    Reply,
+    ToolCall,
+    is_builtin,
+)
+from ossia.template.think import split_think
 
 REQUIRED_TOKENS = ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>")
 
-_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
-_CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
-_CALLS = "Calls to these tools must go to the commentary channel: 'functions'."
-_THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _CACHED = 256
 
 
@@ -65,7 +72,7 @@ class HarmonyTemplate:
         system: str | None = None,
         reasoning_effort: str = "medium",
         model_identity: str | None = None,
-        knowledge_cutoff: str = "2024-06",
+        knowledge_cutoff: str = KNOWLEDGE_CUTOFF,
         current_date: str | None = None,
         loss: LossWeights = LossWeights(),  # noqa: B008  (frozen)
     ) -> None:
@@ -74,7 +81,7 @@ class HarmonyTemplate:
         self.system = system or ""
         self.reasoning_effort = reasoning_effort
         self.loss = loss
-        about = [model_identity or _IDENTITY, f"Knowledge cutoff: {knowledge_cutoff}"]
+        about = [model_identity or IDENTITY, f"Knowledge cutoff: {knowledge_cutoff}"]
         if current_date:
             about.append(f"Current date: {current_date}")
         self._about = "\n".join(about)
@@ -166,7 +173,7 @@ class HarmonyTemplate:
         for part in reader.parts:
             text = self._decode(part.ids)
             if part.call is not None:
-                calls.append(ToolCall(part.call, text))
+                calls.append(ToolCall(part.call, text, part.builtin))
             elif text:
                 (thinking if part.channel == "analysis" else content).append(text)
         return Reply("\n\n".join(content), "\n\n".join(thinking), tuple(calls), reader.finished)
@@ -186,12 +193,14 @@ class HarmonyTemplate:
         elif any(m.role in ("system", "developer") and m.content.strip() for m in messages):
             instructions = ""
         sections = ["# Instructions", instructions] if instructions.strip() else []
-        if tools:
-            sections.append(tools_section(tools))
+        builtins = [tool for tool in tools if is_builtin(tool)]
+        functions = [tool for tool in tools if not is_builtin(tool)]
+        if functions:
+            sections.append(tools_section(functions))
         developer = "\n\n".join(sections)
-        key = (effort, bool(tools), developer)
+        system = system_text(self._about, effort, builtins, functions=bool(functions))
+        key = (system, developer)
         if (ids := self._cache.get(key)) is None:
-            system = f"{self._about}\n\nReasoning: {effort}\n\n{_CHANNELS}" + (f"\n{_CALLS}" if tools else "")
             ids = [self._start, *self._encode("system"), self._message, *self._encode(system), self._end]
             if developer:
                 ids += [*self._developer.ids, *self._encode(developer), self._end]
@@ -204,25 +213,22 @@ class HarmonyTemplate:
         said = [_said(message) for message in messages]
         last = len(messages) - 1
         last_user = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
-        finals = [i for i, (_, text) in enumerate(said) if text is not None and not messages[i].tool_calls]
-        if training and finals:
-            final_after_all = all(m.role != "assistant" for m in messages[finals[-1] + 1 :])
-            if final_after_all:
-                finals.pop()
-        dropped_until = finals[-1] if finals else -1
+        dropped_until = self._dropped_until(messages, said, training)
 
-        going_on = False
-        bare = False
-        pending: list[str] = []
+        going_on = bare = speaking = False
+        pending: list[ToolCall] = []
         for i, message in enumerate(messages):
             role = message.role
             if role != "assistant":
-                going_on = False
+                going_on = speaking = False
                 weight = float(everything) if message.loss is None else message.loss
                 header_weight = weight if everything else 0.0
                 body, header = message.content, self._user
                 if role == "tool":
-                    header = self._tool_header(message, pending)
+                    name, builtin = _answered(message, pending)
+                    if builtin and i <= dropped_until:
+                        continue
+                    header = self._tool_header(name, builtin)
                 elif role != "user":
                     if i == 0 or not body.strip():
                         continue
@@ -231,8 +237,12 @@ class HarmonyTemplate:
                 continue
 
             thinking, text = said[i]
-            if thinking is not None and i <= dropped_until:
-                thinking, bare = None, True
+            calls = message.tool_calls
+            if i <= dropped_until:
+                if thinking is not None:
+                    thinking, bare = None, True
+                if _channel(message) != "final" and any(call.builtin for call in calls):
+                    calls, bare = tuple(call for call in calls if not call.builtin), True
             weight = 1.0
             if (base == "last_round" and i <= last_user) or (bare and not everything):
                 weight = 0.0
@@ -245,46 +255,52 @@ class HarmonyTemplate:
                 yield _Block(header, thinking, self._end, self._end, "analysis", reasoning, header_weight)
                 going_on = True
             header_weight = weight if everything else 0.0
+            if text is not None:
+                channel = _channel(message)
+                end = label = self._end
+                if channel == "final":
+                    label = self._return
+                    end = self._return if training and i == last and not message.tool_calls else self._end
+                yield _Block(self._said[channel][going_on], text, end, label, channel, weight, header_weight)
+                going_on = channel != "final"
+                bare = bare and going_on
+            for call in calls:
+                header = self._call_header(call, going_on)
+                yield _Block(header, call.arguments, self._call, self._call, "commentary", weight, header_weight)
+                going_on = False
             if message.tool_calls:
-                if text is not None:
-                    header = self._said["commentary"][going_on]
-                    yield _Block(header, text, self._end, self._end, "commentary", weight, header_weight)
-                    going_on = True
-                for call in message.tool_calls:
-                    header = self._call_header(call.name, going_on)
-                    yield _Block(header, call.arguments, self._call, self._call, "commentary", weight, header_weight)
-                    going_on = False
-                pending = [call.name for call in message.tool_calls]
-            elif text is not None:
-                header = self._said["final"][going_on]
-                end = self._return if training and i == last else self._end
-                yield _Block(header, text, end, self._return, "final", weight, header_weight)
-                going_on = bare = False
+                pending = [*pending, *message.tool_calls] if speaking else list(message.tool_calls)
+            speaking = True
 
-    def _call_header(self, name: str, going_on: bool) -> _Header:
-        key = ("call", name)
+    @staticmethod
+    def _dropped_until(messages: list[Message], said: list[tuple[str | None, str | None]], training: bool) -> int:
+        """The last message whose analysis is left out: the last final answer, that which ends a row not counted."""
+        finals = [i for i, (_, text) in enumerate(said) if text is not None and _channel(messages[i]) == "final"]
+        if training and finals:
+            closing = not messages[finals[-1]].tool_calls
+            if closing and all(m.role != "assistant" for m in messages[finals[-1] + 1 :]):
+                finals.pop()
+        return finals[-1] if finals else -1
+
+    def _call_header(self, call: ToolCall, going_on: bool) -> _Header:
+        key = ("call", call.name, call.builtin)
         if (ids := self._cache.get(key)) is None:
-            ids = [*self._opener, *self._encode(f" to={_recipient(name)}"), self._channel, *self._encode("commentary")]
-            if self._constrain is None:
-                ids += self._encode(" json")
+            ids = [*self._opener, *self._encode(f" to={_recipient(call.name, call.builtin)}"), self._channel]
+            if call.builtin:
+                ids += [*self._encode("analysis"), *self._encode(" code")]
+            elif self._constrain is None:
+                ids += [*self._encode("commentary"), *self._encode(" json")]
             else:
-                ids += [*self._encode(" "), self._constrain, *self._encode("json")]
+                ids += [*self._encode("commentary"), *self._encode(" "), self._constrain, *self._encode("json")]
             ids.append(self._message)
             self._remember(key, ids)
         return _Header(ids, 0 if going_on else len(self._opener))
 
-    def _tool_header(self, message: Message, pending: list[str]) -> _Header:
-        name = message.name
-        if name in pending:
-            pending.remove(name)
-        elif name is None:
-            if not pending:
-                raise OssiaError("a tool message has no name and no call before it; give it the function's name")
-            name = pending.pop(0)
-        key = ("result", name)
+    def _tool_header(self, name: str, builtin: bool) -> _Header:
+        key = ("result", name, builtin)
         if (ids := self._cache.get(key)) is None:
-            ids = [self._start, *self._encode(_recipient(name)), *self._encode(" to=assistant"), self._channel]
-            ids += [*self._encode("commentary"), self._message]
+            ids = [self._start, *self._encode(_recipient(name, builtin)), *self._encode(" to=assistant"), self._channel]
+            ids += [*self._encode("analysis" if builtin else "commentary"), self._message]
             self._remember(key, ids)
         return self._supplied(ids)
 
@@ -325,8 +341,8 @@ def _said(message: Message) -> tuple[str | None, str | None]:
     if message.role != "assistant":
         return None, None
     thinking, text = message.thinking, message.content
-    if thinking is None and (found := _THINK.match(text)):
-        thinking, text = found[1].strip(), text[found.end() :]
+    if thinking is None:
+        thinking, text = split_think(text)
     if thinking is not None and not thinking.strip():
         thinking = None
     if not text.strip() and (thinking is not None or message.tool_calls):
@@ -334,17 +350,37 @@ def _said(message: Message) -> tuple[str | None, str | None]:
     return thinking, text
 
 
-def _recipient(name: str) -> str:
-    return name if name.startswith("functions.") else f"functions.{name}"
+def _channel(message: Message) -> str:
+    """The channel of an assistant's `content`."""
+    return message.channel or ("commentary" if message.tool_calls else "final")
+
+
+def _recipient(name: str, builtin: bool) -> str:
+    return name if builtin or name.startswith("functions.") else f"functions.{name}"
+
+
+def _answered(message: Message, pending: list[ToolCall]) -> tuple[str, bool]:
+    """(name, whether built-in) of the tool that a tool message answers for; its call is taken off `pending`."""
+    call = next((call for call in pending if message.name in (None, call.name)), None)
+    if call is not None:
+        pending.remove(call)
+        return call.name, message.builtin or call.builtin
+    if message.name is None:
+        raise OssiaError("a tool message has no name and no call before it; give it the function's name")
+    return message.name, message.builtin
 
 
 class _Part:
-    """One message of a reply: its channel, the function it calls if any, and the ids of its text."""
+    """One message of a reply: its channel, the function or built-in tool it calls if any, and the ids of its text."""
 
-    def __init__(self, channel: str, call: str | None) -> None:
+    def __init__(self, channel: str, call: str | None = None, builtin: bool = False) -> None:
         self.channel = channel
         self.call = call
+        self.builtin = builtin
         self.ids: list[int] = []
+
+
+_BUILTIN_NAMES = frozenset(name for names in BUILTIN_CALLS.values() for name in names)
 
 
 class _Reader:
@@ -380,7 +416,7 @@ class _Reader:
         else:
             self._header.append(token)
             if not self._plausible():
-                self.part = _Part("final", None)
+                self.part = _Part("final")
                 self.part.ids = [id for id in self._header if id not in t._special]
                 self.parts.append(self.part)
                 return list(self.part.ids)
@@ -412,11 +448,11 @@ class _Reader:
             return
         to = re.search(r"(?:^|\s)to=(\S+)", about) or re.search(r"(?:^|\s)to=(\S+)", words)
         name = words.split()[0] if words.split() else ""
-        call = to[1].removeprefix("functions.") if to else None
-        known = name in ("analysis", "commentary")
-        self.part = _Part(name if known or call is None else "commentary", call)
-        if call is None and not known:
-            self.part.channel = "final"
+        if to is not None:
+            # A call is none of the reasoning, whichever channel it is on.
+            self.part = _Part("commentary", to[1].removeprefix("functions."), to[1] in _BUILTIN_NAMES)
+        else:
+            self.part = _Part(name if name in ("analysis", "commentary") else "final")
         self.parts.append(self.part)
 
 
@@ -449,7 +485,7 @@ class HarmonySplitter:
         if part is not before:
             if before is not None and (held := self._text.flush()):
                 number = len(self._reader.parts) - 1 - (part is not None)
-                pieces.append(Piece(number, before.channel, held, before.call))
+                pieces.append(Piece(number, before.channel, held, before.call, builtin=before.builtin))
             if part is not None and part.call is not None:
                 pieces.append(self._piece(""))
         return pieces + [self._piece(self._text.push(id), id) for id in added]
@@ -462,140 +498,4 @@ class HarmonySplitter:
     def _piece(self, text: str, *ids: int) -> Piece:
         part = self._reader.part
         assert part is not None
-        return Piece(len(self._reader.parts) - 1, part.channel, text, part.call, ids)
-
-
-def tools_section(tools: Sequence[dict[str, Any]]) -> str:
-    """`# Tools` with every function as a TypeScript type. Takes OpenAI's form or the bare function objects.
-
-    Raises OssiaError for a tool without a name.
-    """
-    lines = ["# Tools\n", "## functions\n", "namespace functions {\n"]
-    for tool in tools:
-        spec = tool.get("function", tool)
-        if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
-            raise OssiaError(f"a tool has no name: {json.dumps(tool, ensure_ascii=False, default=str):.120}")
-        parameters = spec.get("parameters")
-        if parameters is not None and not isinstance(parameters, dict):
-            raise OssiaError(f"tool {spec['name']}: parameters is {type(parameters).__name__}; an object is needed")
-        lines += [f"// {line}" for line in _lines(_text(spec, "description") or "")]
-        argument = "" if parameters is None else f"_: {_typescript(parameters, '')}"
-        lines.append(f"type {spec['name']} = ({argument}) => any;\n")
-    lines.append("} // namespace functions")
-    return "\n".join(lines)
-
-
-def _typescript(schema: Any, indent: str) -> str:
-    """A JSON schema as a type; a keyword that openai-harmony does not know (anyOf, $ref, …) gives `any`."""
-    if not isinstance(schema, dict):
-        return "any"
-    if isinstance(variants := schema.get("oneOf"), list):
-        return "".join(f"\n{indent} | {_variant(variant, indent, quoted=True)}" for variant in variants)
-    kind = schema.get("type")
-    if isinstance(kind, list):
-        names = ["number" if name == "integer" else name for name in kind if isinstance(name, str)]
-        return " | ".join(names) or "any"
-    if kind == "object":
-        return _object(schema, indent)
-    if kind == "array":
-        return f"{_typescript(schema['items'], indent)}[]" if "items" in schema else "Array<any>"
-    if kind == "string":
-        values = schema.get("enum")
-        names = [f'"{value}"' for value in values if isinstance(value, str)] if isinstance(values, list) else []
-        return " | ".join(names) or "string"
-    return {"number": "number", "integer": "number", "boolean": "boolean"}.get(str(kind), "any")
-
-
-def _object(schema: dict[str, Any], indent: str) -> str:
-    note = _text(schema, "description")
-    out = ["{\n"] if note is None else [f"{indent}// {note}\n", "{\n"]
-    properties = schema.get("properties")
-    required = schema.get("required")
-    needed = set(filter(_is_text, required)) if isinstance(required, list) else set()
-    for key, value in properties.items() if isinstance(properties, dict) else ():
-        out.append(_property(f"{key}{'' if key in needed else '?'}", value if isinstance(value, dict) else {}, indent))
-    return "".join([*out, indent, "}"])
-
-
-def _property(key: str, schema: dict[str, Any], indent: str) -> str:
-    """A property with its comments above and its default behind it, or above it where it has variants."""
-    variants = schema.get("oneOf")
-    note = _text(schema, "description")
-    out = []
-    if (title := _text(schema, "title")) is not None:
-        out.append(f"{indent}// {title}\n{indent}//\n")
-    if note is not None and not isinstance(variants, list):
-        out.append(f"{indent}// {note}\n")
-    if isinstance(examples := schema.get("examples"), list) and examples:
-        out.append(f"{indent}// Examples:\n")
-        out += [f'{indent}// - "{example}"\n' for example in examples if _is_text(example)]
-    if not isinstance(variants, list):
-        default = f" // {_default(schema)}" if "default" in schema else ""
-        out.append(f"{indent}{key}: {_nullable(schema, f'{indent}    ')},{default}\n")
-        return "".join(out)
-    note_above = note is not None and not (variants and note == _text(variants[0], "description"))
-    if note_above:
-        out.append(f"{indent}// {note}\n")
-    if "default" in schema:
-        out.append(f"{indent}// {_default(schema)}\n")
-    out.append(f"{indent}{key}:\n")
-    for index, variant in enumerate(variants):
-        silent = (note_above and index == 0) or _text(variant, "description") == note
-        out.append(f"{indent} | {_variant(variant, indent, silent=silent)}\n")
-    return "".join([*out, indent, ",\n"])
-
-
-def _variant(schema: Any, indent: str, *, silent: bool = False, quoted: bool = False) -> str:
-    """One type of a `oneOf`, with description (unless `silent`) and default behind it."""
-    note = None if silent else _text(schema, "description")
-    notes = [] if note is None else [note]
-    if isinstance(schema, dict) and "default" in schema:
-        notes.append(_default(schema, quoted=quoted))
-    type_ = _nullable(schema, f"{indent}   ")
-    return f"{type_} // {' '.join(notes)}" if notes else type_
-
-
-def _nullable(schema: Any, indent: str) -> str:
-    type_ = _typescript(schema, indent)
-    nullable = isinstance(schema, dict) and schema.get("nullable") is True and "null" not in type_
-    return f"{type_} | null" if nullable else type_
-
-
-def _default(schema: dict[str, Any], *, quoted: bool = False) -> str:
-    """The comment with a default; that of an enum stands bare unless `quoted`."""
-    value = schema["default"]
-    if isinstance(value, str) and not schema.get("enum"):
-        return f'default: "{value}"'
-    if isinstance(value, str) and not quoted:
-        return f"default: {value}"
-    return f"default: {_compact(value)}"
-
-
-def _compact(value: Any) -> str:
-    """JSON without spaces, numbers as Rust's serde_json prints them."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{_compact(str(key))}:{_compact(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_compact, value)) + "]"
-    text = json.dumps(value, ensure_ascii=False)
-    if isinstance(value, float) and "e" in text:
-        digits, exponent = text.split("e")
-        if exponent == "-05":
-            sign = "-" * digits.startswith("-")
-            return f"{sign}0.0000{digits.lstrip('-').replace('.', '')}"
-        return f"{digits}e{int(exponent)}"
-    return text
-
-
-def _text(schema: Any, key: str) -> str | None:
-    value = schema.get(key) if isinstance(schema, dict) else None
-    return value if isinstance(value, str) else None
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _lines(text: str) -> list[str]:
-    lines = re.split(r"\r?\n", text)
-    return lines[:-1] if lines[-1] == "" else lines
+        return Piece(len(self._reader.parts) - 1, part.channel, text, part.call, ids, part.builtin)

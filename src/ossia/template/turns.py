@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ossia.template.messages import Conversation, Message
+from ossia.template.think import split_think
 
 
 def split_turns(conversation: Conversation) -> list[Conversation]:
     """The samples of a row: each ends with one turn, reasoning included, and trains that turn alone.
 
-    A row whose earlier turns have no reasoning stays one sample, which trains all its turns in the same contexts at a
+    A row whose earlier turns have no reasoning (and no calls of built-in tools, which go with it) stays one sample, which trains all its turns in the same contexts at a
     fraction of the tokens. A turn is everything from a user message (or the start) to the answer before the next.
     """
     messages = conversation.messages
@@ -31,8 +32,8 @@ def _says(message: Message) -> bool:
 
 
 def _reasons(message: Message) -> bool:
+    """Whether something of the message is left out once an answer follows: reasoning, calls of built-in tools."""
     if not _says(message):
         return False
-    if message.thinking is not None:
-        return bool(message.thinking.strip())
-    return message.content.lstrip().startswith("<think>")
+    thinking = split_think(message.content)[0] if message.thinking is None else message.thinking
+    return bool((thinking or "").strip()) or any(call.builtin for call in message.tool_calls)
