@@ -138,7 +138,7 @@ def spoken(value) -> set[str]:
     """Texts in a value that is said: the text, its parts joined, calls' arguments as JSON, reasoning taken apart."""
     if isinstance(value, str):
         texts = {value, *map(str.strip, re.split(r"</?think>", value)), value.partition("</think>")[2].lstrip()}
-        if value.lstrip().startswith(("{", "[")):
+        if value.lstrip().startswith(("{", "[", '"')):
             with suppress(ValueError):
                 texts |= spoken(json.loads(value))
         return texts

@@ -126,7 +126,7 @@ def test_cache_is_used_while_nothing_changes(file, template, tokenizer, tmp_path
     assert made([name], template, cache=False)
     assert made([name], template, DataOptions(max_length=999))
     assert made([name], template, DataOptions(on_bad_row="skip"))
-    assert made([name], template, DataOptions(columns={"x": "y"}))
+    assert made([name], template, DataOptions(columns={"x": "query"}))
     assert not made([name], template, DataOptions(seed=1)), "nothing is drawn"
     assert made([name + "#3"], template)
     assert made([name + "#3"], template, DataOptions(seed=1))
@@ -168,8 +168,8 @@ def test_choices_between_answers_are_not_trained_as_answers(file, template, row,
 
 
 def test_unused_columns_are_said(file, template, capsys):
-    prepare([file([{**row, "id": 7} for row in alpaca(3)])], template)
-    assert "data: columns not used: id (3)" in capsys.readouterr().out
+    prepare([file([{**row, "grade": 7} for row in alpaca(3)])], template)
+    assert "data: keys not used: grade (3)" in capsys.readouterr().out
 
 
 LONG = conversation("q1 " * 20, "a1 " * 20, "q2 " * 20, "a2 " * 20, "q3", "a3 " * 5, system="Be kind.")

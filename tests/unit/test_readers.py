@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 
 import pyarrow as pa
@@ -76,13 +78,10 @@ def test_a_list_is_read_through_a_window_of_any_size(tmp_path, monkeypatch, size
         ("a.json", b'[{"a": 1}\n{"a": 2}]', 1, ":2: broken JSON: ',' or ']' expected"),
         ("a.json", b'[{"a": 1},\n{"a": ', 1, ":2: broken JSON"),
         ("a.json", b'[{"a": 1}', 1, ":1: broken JSON"),
-        ("a.json", b'{"a": 1}', 0, ":1: expected a list of rows, got dict"),
-        ("a.json", b'{"a": 1}\n{"a": 2}', 0, "rename a file of JSON lines to .jsonl"),
         ("a.json", b"[1] 2", 1, "text after the list"),
         ("a.json", b"[" * 100_000, 0, "nested too deeply"),
         ("a.json", b"[" + b"1" * 5000 + b"]", 0, "not readable"),
         ("a.json", b'["\xff"]', 0, "not UTF-8"),
-        ("a.json", b"  ", 0, ":1: broken JSON"),
         ("a.jsonl", b'{"a": \n', 0, ":1: broken JSON at character"),
         ("a.jsonl", b'{"a": 1}\n\xff\xfe\n', 1, ":2: not UTF-8 (byte 0"),
         ("a.jsonl", b"[" * 100_000, 0, ":1: nested too deeply"),
@@ -109,3 +108,83 @@ def test_a_cut_archive_is_named_and_its_beginning_is_read(tmp_path, packed):
     assert len(found) > 10_000
     assert found[9_999] == ({"n": 9_999 * 7919}, ":10000")
     assert "cut or damaged" in found[-1][0] or "broken JSON" in found[-1][0]
+
+
+LISTED = [{"a": 1}, {"a": {"b": "}"}}, {"a": "x\n"}]
+FORMS = {
+    "list": json.dumps(LISTED),
+    "list over lines": json.dumps(LISTED, indent=2),
+    "list, a row a line": "[\n" + ",\n".join(map(json.dumps, LISTED)) + "\n]\n",
+    "list, brackets with rows": "[" + ",\n".join(map(json.dumps, LISTED)) + "]",
+    "lines": "\n".join(map(json.dumps, LISTED)) + "\n",
+    "lines with gaps": "\n\n" + "\n\n".join(map(json.dumps, LISTED)),
+    "rows over lines": "\n".join(json.dumps(row, indent=1) for row in LISTED),
+    "rows behind one another": json.dumps(LISTED[0], indent=1)
+    + "".join(json.dumps(row, indent=4) for row in LISTED[1:]),
+}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_json_is_told_by_its_beginning(tmp_path, name, form, encoding):
+    path = write(tmp_path / name, FORMS[form].encode(encoding))
+    assert [value for value, _ in values(path)] == LISTED
+    assert count_records(path) == 3
+
+
+def test_one_row_is_a_file_too(tmp_path):
+    assert values(write(tmp_path / "a.json", b'{"a": 1}')) == [({"a": 1}, ":1")]
+    assert [value for value, _ in values(write(tmp_path / "b.json", b'{\n "a": 1\n}'))] == [{"a": 1}]
+    assert values(write(tmp_path / "c.jsonl", b" \n\n")) == []
+
+
+def test_a_damaged_first_line_costs_only_itself(tmp_path):
+    for damaged in (b'{"a": ', b"[", b'[{"a": 1},'):
+        found = values(write(tmp_path / "a.jsonl", damaged + b'\n{"a": 2}\n{"a": 3}\n'))
+        assert [place for _, place in found] == [":1", ":2", ":3"], damaged
+        assert "broken JSON" in found[0][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [("a.csv", ","), ("a.csv", ";"), ("a.csv", "\t"), ("a.csv", "|"), ("a.tsv", "\t"), ("a.csv.gz", ";")],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_cells_between_commas_semicolons_or_tabs(tmp_path, name, cells, encoding):
+    rows = [{"instruction": f'q{cells}"{i}"\n, and; more', "output": "答, 案"} for i in range(30)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=cells)
+    writer.writeheader()
+    writer.writerows(rows)
+    path = write(tmp_path / name, text.getvalue().encode(encoding))
+    assert [value for value, _ in values(path)] == rows
+
+
+def test_a_single_column_needs_nothing_between_cells(tmp_path):
+    assert values(write(tmp_path / "a.csv", b"text\none\ntwo; three\n")) == [
+        ({"text": "one"}, ":2"),
+        ({"text": "two; three"}, ":3"),
+    ]
+
+
+def test_cells_that_could_be_divided_in_two_ways_are_named(tmp_path):
+    ((reason, _),) = values(write(tmp_path / "a.csv", b"a;b\tc\n1;2\t3\n4;5\t6\n"))
+    assert "cells may be divided by ';' or '\\t'; write them with commas" in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "text"),
+    [
+        ("a.csv", "cp1252", "question,answer\ncafé,thé\nhôtel,été\n"),
+        ("a.json", "cp1252", '[{"question": "café",\n"answer": "été"}]'),
+        ("a.jsonl", "cp1252", '{"question": "café"}\n{"question": "été"}\n{"question": "tea"}\n'),
+        ("a.jsonl", "gb18030", '{"question": "你好世界"}\n{"question": "早上好吗"}\n'),
+        ("a.csv", "gb18030", "question,answer\n你好世界,早上好吗\n晚安,再见\n"),
+    ],
+)
+def test_other_encodings_are_one_error_with_the_way_out(tmp_path, name, encoding, text):
+    path = write(tmp_path / name, text.encode(encoding))
+    ((reason, _),) = values(path)
+    assert "not UTF-8 from line" in reason
+    assert f"it may be {encoding}: iconv -f {encoding} -t utf-8 FILE > NEW" in reason

@@ -58,7 +58,7 @@ def test_many_bad_rows_are_grouped_by_reason(report):
 def test_a_row_that_the_template_refuses_is_bad(report):
     found = report({"messages": [turn("user", "q"), turn("tool", "3"), turn("assistant", "a")]})
     assert found.bad == 1
-    assert "tool message has no name" in found.bad_rows[0].reason
+    assert "a result with no function_call before it" in found.bad_rows[0].reason
 
 
 def test_a_broken_list_is_one_bad_place_and_other_files_are_read(tmp_path, template):

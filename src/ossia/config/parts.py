@@ -98,7 +98,9 @@ class RowOptions:
     """How rows are read, and what is done with bad ones."""
 
     columns: dict = opt(
-        {}, 'names of your columns for those that formats know, such as \'{"text1": "query"}\'', group="data"
+        {},
+        'names of your columns for those that formats know, such as \'{"text1": "query"}\'; "unused" leaves one out',
+        group="data",
     )
     on_bad_row: str = opt(
         "error",
@@ -113,7 +115,8 @@ class RowOptions:
         for old, new in self.columns.items():
             if not isinstance(new, str):
                 raise UsageError(f"--columns: {old!r} has {new!r}; a name is needed")
-        if len(set(self.columns.values())) < len(self.columns):
+        given = [name for name in self.columns.values() if name != "unused"]
+        if len(set(given)) < len(given):
             raise UsageError("--columns gives one name to two columns")
 
 

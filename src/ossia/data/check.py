@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ossia.config import CheckConfig, StatsConfig
 from ossia.console import Advance, counted, grid, progress, text_console
+from ossia.data.formats import NOTES
 from ossia.data.page import write_page
 from ossia.data.report import Found, Report, collect, histogram
 from ossia.data.sources import find_datasets
@@ -62,6 +63,7 @@ def checks(report: Report) -> list[tuple[str, int, str]]:
         ("same first question, other row", report.repeated_questions, ""),
         ("placeholder left", report.placeholders, f"{names} in " if names else ""),
         ("empty reasoning", report.empty_reasoning, ""),
+        *((NOTES[name], found, "") for name, found in report.notes.items()),
     ]
     bad = [row.source for row in report.bad_rows[:3]]
     return [
@@ -118,7 +120,9 @@ def _head(console: Console, report: Report) -> None:
     )
     console.print(f"formats: {kinds}", soft_wrap=True)
     if unused := report.counts.unused_names():
-        console.print(f"columns not used: {unused}", soft_wrap=True)
+        console.print(f"keys not used: {unused}", soft_wrap=True)
+    if missing := report.counts.missing_columns(report.columns):
+        console.print(missing, style="yellow", soft_wrap=True)
     if untrainable := report.untrainable():
         console.print(f"ossia sft does not train {untrainable}", style="yellow", soft_wrap=True)
 

@@ -1,14 +1,22 @@
-"""Rows out of files, one reader for each kind of file; each row with its place (`file:line`) for messages to people."""
+"""Rows out of files, one reader for each kind of file; each row with its place (`file:line`) for messages to people.
+
+What a file holds is told by its beginning, not by its name alone: a list of rows or rows a line, commas, semicolons or
+tabs, UTF-8 or UTF-16. What is not certain is one error with its cause.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -16,6 +24,9 @@ from ossia.errors import OssiaError
 
 _PACKED = (".gz", ".zst")
 _CHUNK = 1 << 20
+_HEAD = 1 << 16
+_DELIMITERS = ",;\t|"
+_ENCODINGS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 class BadRow(OssiaError):
@@ -39,7 +50,7 @@ def decode(record: Record) -> Any:
     try:
         return json.loads(value.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise BadRow(f"{source}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from None
+        raise BadRow(f"{source}: not UTF-8 (byte {error.start} of the line){_instead(value)}") from None
     except json.JSONDecodeError as error:
         raise BadRow(f"{source}: broken JSON at character {error.pos + 1}: {error.msg}") from None
     except RecursionError:
@@ -63,10 +74,15 @@ def read_records(file: Path) -> Iterator[Record]:
         if suffix_of(file) == ".parquet":
             yield from _read_parquet(file)
             return
-        with _open(file) as handle:
+        with _decoded(_open(file)) as handle:
+            if reason := _not_utf8(handle.peek(_HEAD)[:_HEAD]):
+                yield Record(BadRow(f"{source}: {reason}"), source)
+                return
             yield from _READERS[suffix_of(file)](handle, source)
     except UnicodeDecodeError as error:
         yield Record(BadRow(f"{source}: not UTF-8 ({error.reason}); save the file as UTF-8"), source)
+    except BadRow as error:
+        yield Record(error, source)
     except (OSError, EOFError, zlib.error) as error:
         yield Record(BadRow(f"{source}: cannot be read on, the file is cut or damaged ({error})"), source)
 
@@ -84,33 +100,146 @@ def count_records(file: Path) -> int:
     return sum(1 for _ in read_records(file))
 
 
-def _open(file: Path) -> IO[bytes]:
+def _open(file: Path) -> io.BufferedReader:
     if file.suffix.lower() == ".gz":
-        return cast("IO[bytes]", gzip.open(file, "rb"))
+        return io.BufferedReader(cast("io.RawIOBase", gzip.open(file, "rb")), _CHUNK)
     if file.suffix.lower() == ".zst":
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"), _CHUNK)
-    return file.open("rb", _CHUNK)
+    return cast("io.BufferedReader", file.open("rb", _CHUNK))
+
+
+def _decoded(handle: io.BufferedReader) -> io.BufferedReader:
+    """The file in UTF-8; one in UTF-16, which its first bytes tell, is decoded on the way."""
+    head = handle.peek(4)[:4]
+    encoding = _ENCODINGS.get(head[:2], "")
+    if not encoding and len(head) == 4 and 0 not in head[::2] and head[1::2] == b"\0\0":
+        encoding = "utf-16-le"
+    elif not encoding and len(head) == 4 and head[::2] == b"\0\0" and 0 not in head[1::2]:
+        encoding = "utf-16-be"
+    return io.BufferedReader(_Recoded(handle, encoding), _CHUNK) if encoding else handle
+
+
+class _Recoded(io.RawIOBase):
+    """A file of another encoding, read as UTF-8."""
+
+    def __init__(self, handle: io.BufferedReader, encoding: str) -> None:
+        self._handle = handle
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._held = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._held:
+            chunk = self._handle.read(_CHUNK)
+            self._held = self._decoder.decode(chunk, final=not chunk).encode("utf-8", "surrogatepass")
+            if not chunk:
+                break
+        taken, self._held = self._held[: len(buffer)], self._held[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+    def close(self) -> None:
+        self._handle.close()
+        super().close()
+
+
+def _not_utf8(head: bytes) -> str:
+    """The cause where a file is no UTF-8; nothing where it is, or has only a damaged line."""
+    lines = head.split(b"\n")
+    if len(head) == _HEAD:
+        lines.pop()
+    odd = [number for number, line in enumerate(lines) if not line.isascii()]
+    if len(odd) < 2 or any(_encoding(lines[number]) == "utf-8" for number in odd):
+        return ""
+    return f"not UTF-8 from line {odd[0] + 1} on{_instead(head)}"
+
+
+def _instead(text: bytes) -> str:
+    """The encoding that bytes may be in, with the command that writes them as UTF-8; a guess, so it is not read."""
+    encoding = _encoding(text)
+    if not encoding:
+        return "; save the file as UTF-8"
+    return f"; it may be {encoding}: iconv -f {encoding} -t utf-8 FILE > NEW writes it as UTF-8"
+
+
+def _encoding(text: bytes) -> str:
+    """Whichever encoding the bytes can be in; Western text read as gb18030 has few, Chinese as cp1252 many accents."""
+    for encoding in ("utf-8", "cp1252", "gb18030"):
+        try:
+            found = text.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if encoding != "cp1252" or not _ACCENTS.search(found):
+            return encoding
+    return ""
+
+
+_ACCENTS = re.compile("[\u00a1-\u00ff]{4}")
+
+
+def _read_json(handle: io.BufferedReader, source: str) -> Iterator[Record]:
+    """A list of rows, a row a line, or rows one after another over several lines; the beginning tells."""
+    head = handle.peek(_HEAD)[:_HEAD].decode("utf-8-sig", errors="replace")
+    first, *more = [line for line in head.splitlines() if not line.isspace()][:3] or [""]
+    # A damaged first line of a file that has a row a line begins no list and no object.
+    by_line = bool(more) and all(map(_ends, more))
+    if first.lstrip().startswith("[") and not by_line:
+        return _read_list(handle, source)
+    if first.lstrip().startswith("{") and more and not by_line and _goes_on(first):
+        return _read_values(handle, source)
+    return _read_lines(handle, source)
+
+
+def _ends(line: str) -> bool:
+    """Whether a line is a whole JSON value."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _goes_on(line: str) -> bool:
+    """Whether a line is the beginning of a JSON value, and nothing in it is wrong."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(line.rstrip())
+    except (ValueError, RecursionError):
+        return False
+    return False
 
 
 def _read_lines(handle: IO[bytes], source: str) -> Iterator[Record]:
     for number, raw in enumerate(handle, start=1):
-        if not raw.isspace():
+        raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+        if raw and not raw.isspace():
             yield Record(raw, f"{source}:{number}")
+
+
+def _read_values(handle: IO[bytes], source: str) -> Iterator[Record]:
+    """JSON values one after another, each over as many lines as it takes."""
+    text = _Text(io.TextIOWrapper(handle, "utf-8-sig", newline=""))
+    try:
+        while text.peek():
+            place = f"{source}:{text.line}"
+            yield Record(text.value(), place)
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        reason = "nested too deeply" if isinstance(error, RecursionError) else f"broken JSON: {error}"
+        yield Record(BadRow(f"{source}:{text.line}: {reason}; the file is not read on from here"), source)
 
 
 def _read_list(handle: IO[bytes], source: str) -> Iterator[Record]:
     """The values of a JSON list, one at a time: the whole is never in memory."""
     text = _Text(io.TextIOWrapper(handle, "utf-8-sig", newline=""))
     try:
-        if (first := text.peek()) != "[":
-            value = text.value()
-            what = f"expected a list of rows, got {type(value).__name__}; put the rows in [ … ]"
-            if text.peek():
-                what = "a second JSON value; rename a file of JSON lines to .jsonl"
-            yield Record(BadRow(f"{source}:{text.line}: {what}"), source)
-            return
+        first = text.peek()
         while first != "]":
             text.skip()
             if text.peek() == "]" and first == "[":
@@ -193,9 +322,10 @@ class _Text:
         self.position = position
 
 
-def _read_csv(handle: IO[bytes], source: str) -> Iterator[Record]:
+def _read_csv(handle: io.BufferedReader, source: str) -> Iterator[Record]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.reader(io.TextIOWrapper(handle, "utf-8-sig", newline=""), strict=True)
+    delimiter = _delimiter(handle, source)
+    reader = csv.reader(io.TextIOWrapper(handle, "utf-8-sig", newline=""), strict=True, delimiter=delimiter)
     line = 1
     try:
         names = next(reader, [])
@@ -209,11 +339,31 @@ def _read_csv(handle: IO[bytes], source: str) -> Iterator[Record]:
             if len(cells) == len(names):
                 yield Record(dict(zip(names, cells, strict=True)), place)
             elif cells:
+                what = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "|"}[delimiter]
                 yield Record(
-                    BadRow(f"{place}: {len(cells)} cells under {len(names)} columns; quote cells with commas"), place
+                    BadRow(f"{place}: {len(cells)} cells under {len(names)} columns; quote cells with {what}"), place
                 )
     except csv.Error as error:
         yield Record(BadRow(f"{source}:{line}: not CSV ({error}); the file is not read on from here"), source)
+
+
+def _delimiter(handle: io.BufferedReader, source: str) -> str:
+    """What stands between cells: the one by which the first line names several columns, as many as the next lines have.
+
+    Raises BadRow where two of them do.
+    """
+    text = handle.peek(_HEAD)[:_HEAD].decode("utf-8-sig", errors="ignore")
+    # The last line may be cut, and a cell that is cut has no closing quote.
+    lines = text.splitlines(keepends=True)[: -1 if len(text) >= _HEAD - 4 else None]
+    fitting = []
+    for delimiter in _DELIMITERS:
+        with suppress(csv.Error):
+            rows = [len(cells) for cells in islice(csv.reader(lines, delimiter=delimiter), 20) if cells]
+            if rows and rows[0] > 1 and rows.count(rows[0]) * 2 > len(rows):
+                fitting.append(delimiter)
+    if len(fitting) > 1 and "," not in fitting:
+        raise BadRow(f"{source}: cells may be divided by {' or '.join(map(repr, fitting))}; write them with commas")
+    return "," if "," in fitting or not fitting else fitting[0]
 
 
 def _read_parquet(file: Path) -> Iterator[Record]:
@@ -232,9 +382,10 @@ def _read_parquet(file: Path) -> Iterator[Record]:
         yield Record(BadRow(f"{file}: {reason}"), str(file))
 
 
-_READERS: dict[str, Callable[[IO[bytes], str], Iterator[Record]]] = {
-    ".json": _read_list,
-    ".jsonl": _read_lines,
+_READERS: dict[str, Callable[[io.BufferedReader, str], Iterator[Record]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
 }
 SUFFIXES = (*_READERS, ".parquet")

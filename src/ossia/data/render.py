@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from ossia.config.parts import DataOptions, RowOptions
 from ossia.console import counted, plain
-from ossia.data.formats import Read, read_row
+from ossia.data.formats import NOTES, check_columns, likely, read_row
 from ossia.data.readers import BadRow, Record, decode
 from ossia.data.sources import find_datasets, read_datasets
 from ossia.errors import OssiaError, UsageError
@@ -44,7 +44,8 @@ class Sample:
 class Outcome(NamedTuple):
     """What became of a record: its samples, or why it is `bad`, or that it has nothing to train (`untrained`).
 
-    `row` is the record's value, None where it could not be read.
+    `row` is the record's value, None where it could not be read. `unused` and `notes` are those of `Read`, `renamed`
+    the columns of the row that `--columns` names.
     """
 
     source: str
@@ -56,6 +57,8 @@ class Outcome(NamedTuple):
     samples: list[Sample] = []  # noqa: RUF012
     bad: str = ""
     untrained: str = ""
+    notes: Iterable[str] = ()
+    renamed: Iterable[str] = ()
 
 
 @dataclass
@@ -65,6 +68,8 @@ class Counts:
     rows: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    renamed: Counter[str] = field(default_factory=Counter)
     bad: int = 0
     first_bad: str = ""
     untrained: int = 0
@@ -88,6 +93,8 @@ class Counts:
             return
         self.formats[outcome.format] += 1
         self.unused.update(outcome.unused)
+        self.notes.update(outcome.notes)
+        self.renamed.update(outcome.renamed)
         self.filled += outcome.filled
         if outcome.untrained:
             self.untrained += 1
@@ -133,9 +140,20 @@ class Counts:
         return counts
 
     def unused_names(self) -> str:
-        """Columns that mean nothing to their rows' formats, the most frequent first."""
-        names = ", ".join(f"{name} ({count:,})" for name, count in self.unused.most_common(8))
+        """Keys of rows, messages, parts, tools and calls that nobody reads, the most frequent first."""
+        names = ", ".join(f"{name} ({_unused(name, count)})" for name, count in self.unused.most_common(8))
         return plain(names) + (" …" if len(self.unused) > 8 else "")
+
+    def remarks(self, options: RowOptions) -> list[str]:
+        """What rows have that is not read, or is read otherwise than it stands."""
+        lines = [f"keys not used: {unused}"] if (unused := self.unused_names()) else []
+        lines += [f"{counted(count, 'row')} with {NOTES[name]}" for name, count in self.notes.most_common()]
+        return [*lines, missing] if (missing := self.missing_columns(options.columns)) else lines
+
+    def missing_columns(self, columns: dict[str, str]) -> str:
+        """The columns that `--columns` names and no row has."""
+        missing = [name for name in columns if not self.renamed[name]]
+        return f"--columns: no row has {', '.join(map(repr, missing))}" if missing and self.formats else ""
 
     def lines(self, label: str, options: DataOptions) -> list[str]:
         """What is said to the user."""
@@ -146,8 +164,7 @@ class Counts:
             f"{counted(self.samples, 'sample')} from {kinds} rows, {counted(self.tokens, 'token')}, "
             f"{self.trained:,} carry loss ({share:.0%}), longest {self.longest:,}"
         ]
-        if unused := self.unused_names():
-            lines.append(f"columns not used: {unused}")
+        lines += self.remarks(options)
         if self.bad:
             lines.append(f"{counted(self.bad, 'bad row')} skipped, first: {self.first_bad}")
         if self.split:
@@ -174,19 +191,16 @@ class Renderer:
     """Records to outcomes; the options' policies on bad and long rows are left to `refuse`."""
 
     def __init__(self, template: Template, options: DataOptions) -> None:
+        check_columns(options.columns)
         self.template = template
         self.options = options
 
     def __call__(self, record: Record) -> Outcome:
         """What becomes of a record."""
-        row = None
-        try:
-            row = decode(record)
-            found, filled = _read(row, record.source, self.options)
-        except BadRow as error:
-            return Outcome(record.source, row, bad=str(error))
-        conversation = found.conversation
-        outcome = Outcome(record.source, row, found.format, found.unused, filled, conversation)
+        outcome = _read(record, self.options)
+        conversation = outcome.conversation
+        if conversation is None:
+            return outcome
         if conversation.text is None and not any(message.role == "assistant" for message in conversation.messages):
             return outcome._replace(untrained=f"{record.source}: no answer in this row ({_NO_ANSWER})")
         try:
@@ -194,7 +208,7 @@ class Renderer:
         except UsageError:
             raise
         except (OssiaError, RecursionError) as error:
-            return spoiled(record.source, error, row)
+            return spoiled(record.source, error, outcome.row)
         if all(sample.fate == "untrained" for sample in samples):
             return outcome._replace(samples=samples, untrained=f"{record.source}: no token of this row carries loss")
         return outcome._replace(samples=samples)
@@ -275,18 +289,38 @@ def refuse(outcome: Outcome, options: DataOptions) -> None:
 
 def read_rows(words: list[str], options: RowOptions, seed: int, flag: str = "--dataset") -> Iterator[Outcome]:
     """Each row as a conversation, placeholders filled, or as a bad one; nothing is rendered."""
+    check_columns(options.columns)
     for record in read_datasets(find_datasets(words, flag), seed):
-        try:
-            found, filled = _read(decode(record), record.source, options)
-        except BadRow as error:
-            yield Outcome(record.source, bad=str(error))
-        else:
-            yield Outcome(record.source, None, found.format, found.unused, filled, found.conversation)
+        yield _read(record, options)
 
 
-def _read(row: Any, source: str, options: RowOptions) -> tuple[Read, bool]:
-    found = read_row(row, source, options.columns)
-    return found, _fill(found.conversation, options)
+def _read(record: Record, options: RowOptions) -> Outcome:
+    """A record as a conversation, or as a bad row."""
+    row = None
+    try:
+        row = decode(record)
+        found = read_row(row, record.source, options.columns)
+    except BadRow as error:
+        return Outcome(record.source, row, bad=str(error))
+    except RecursionError as error:
+        return spoiled(record.source, error, row)
+    filled = _fill(found.conversation, options)
+    renamed = [name for name in options.columns if name in row]
+    return Outcome(
+        record.source,
+        row,
+        found.format,
+        found.unused,
+        filled,
+        found.conversation,
+        notes=found.notes,
+        renamed=renamed,
+    )
+
+
+def _unused(name: str, count: int) -> str:
+    hint = likely(name)
+    return f"{count:,}; {hint}" if hint else f"{count:,}"
 
 
 def _slice(rendered: Rendered, start: int, end: int) -> Rendered:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 from ossia.config.parts import DataOptions
 from ossia.console import plain
+from ossia.data.formats import NOTES, names
+from ossia.data.formats.calls import check_arguments
 from ossia.data.packing import Fill, fill
 from ossia.data.render import Counts, Outcome, Renderer
 from ossia.data.sources import Dataset, read_datasets
@@ -35,7 +37,7 @@ _KEY = re.compile(
 )
 _LEFT = re.compile(r"\{\{\s*([^{}\n]{1,60}?)\s*\}\}")
 _EMPTY_THINK = re.compile(r"\s*<think>\s*</think>")
-_REASONING = ("thinking", "reasoning_content", "analysis")
+_REASONING = {*names.REASONING, *names.REASONING_COLUMNS}
 _ANSWERS = ("content", "value", "output", "final")
 
 
@@ -88,6 +90,7 @@ class Report:
 
     files: list[str]
     max_length: int
+    columns: dict[str, str] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
     bad_rows: list[Bad] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
@@ -99,6 +102,7 @@ class Report:
     placeholders: Found = field(default_factory=Found)
     placeholder_names: Counter[str] = field(default_factory=Counter)
     empty_reasoning: Found = field(default_factory=Found)
+    notes: dict[str, Found] = field(default_factory=dict)
     usable: int = 0
     lengths: array[int] = field(default_factory=lambda: array("i"))
     packed_lengths: array[int] = field(default_factory=lambda: array("i"))
@@ -166,7 +170,8 @@ class Report:
                 "reasons": dict(self.reasons.most_common()),
             },
             "max_length": self.max_length,
-            "unused_columns": dict(self.counts.unused.most_common()),
+            "unused_keys": dict(self.counts.unused.most_common()),
+            "notes": {name: {"what": NOTES[name], **vars(found)} for name, found in self.notes.items()},
             "too_long": vars(self.too_long),
             "cut": {**vars(self.cut), "how": dict(self.counts.cut)},
             "untrained": vars(self.untrained),
@@ -213,7 +218,8 @@ def collect(
     advance: Callable[[float], None] = lambda rows: None,
 ) -> Report:
     """Read and render every row; the first `keep` samples are kept as they are."""
-    report = Report([part.name for dataset in datasets for part in dataset.parts], options.max_length)
+    files = [part.name for dataset in datasets for part in dataset.parts]
+    report = Report(files, options.max_length, options.columns)
     collector = _Collector(report, keep)
     renderer = Renderer(template, options)
     for record in read_datasets(datasets, options.seed):
@@ -239,6 +245,8 @@ class _Collector:
         if outcome.bad or conversation is None:
             self._bad(outcome.bad)
             return
+        for note in sorted({*outcome.notes, *check_arguments(conversation)}):
+            report.notes.setdefault(note, Found()).add(source)
         self._repeats(conversation)
         self._placeholders(conversation)
         if outcome.untrained:
@@ -347,7 +355,12 @@ def _blank_reasoning(row: dict[str, Any]) -> bool:
     entries = [row]
     for key in ("messages", "conversations"):
         if isinstance(turns := row.get(key), list):
-            entries += [turn for turn in turns if isinstance(turn, dict) and turn.get("role") in (None, "assistant")]
+            entries += [
+                turn
+                for turn in turns
+                if isinstance(turn, dict)
+                and names.ROLES.get(str(turn.get("role", turn.get("from", "assistant")))) == "assistant"
+            ]
     return any(
         any(isinstance(text := entry.get(key), str) and not text.strip() for key in _REASONING)
         or any(isinstance(text := entry.get(key), str) and _EMPTY_THINK.match(text) for key in _ANSWERS)

@@ -112,7 +112,8 @@ class Piece(NamedTuple):
 
 def is_builtin(tool: dict[str, Any]) -> bool:
     """Whether a tool is declared as a built-in one: `{"type": "python"}`, not a function of that name."""
-    return tool.get("type") in BUILTIN_CALLS and "function" not in tool and "name" not in tool
+    kind = tool.get("type")
+    return isinstance(kind, str) and kind in BUILTIN_CALLS and "function" not in tool and "name" not in tool
 
 
 def calls_builtin(name: str, tools: Sequence[dict[str, Any]]) -> bool:

@@ -8,25 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 from ossia.data.formats.fields import first, text
-from ossia.data.formats.query import ANSWERS, find_answer, read_history
-from ossia.data.readers import BadRow
+from ossia.data.formats.messages import with_system
+from ossia.data.formats.notes import Place
+from ossia.data.formats.query import ALSO as _QUERY
+from ossia.data.formats.query import find_answer, read_answer, read_history
 from ossia.template.messages import Conversation, Message
 
 NEEDS = (("instruction",),)
-ALSO = ("input", "context", "system", "history", *ANSWERS)
+ALSO = ("input", "context", *_QUERY)
 
 
-def read(row: dict[str, Any], source: str) -> Conversation:
+def read(row: dict[str, Any], place: Place) -> Conversation:
     """The conversation of a row: history, then instruction and input joined by a line break, then output."""
-    messages: list[Message] = []
-    if (system := text(row, "system", source)).strip():
-        messages.append(Message("system", system))
-    messages += read_history(row, source)
-    parts = (text(row, "instruction", source), text(row, first(row, ("input", "context")), source))
+    messages = read_history(row, place)
+    parts = (text(row, "instruction", place), text(row, first(row, ("input", "context")), place))
     question = "\n".join(part for part in parts if part)
     if not question.strip():
-        raise BadRow(f"{source}: instruction and input are both empty")
-    messages.append(Message("user", question))
-    if (answer := text(row, find_answer(row, source), source)).strip():
-        messages.append(Message("assistant", answer))
-    return Conversation(messages, source=source)
+        raise place.bad("instruction and input are both empty")
+    messages += [Message("user", question), *read_answer(row, find_answer(row, place), place)]
+    return Conversation(with_system(messages, row, place))

@@ -3,49 +3,108 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ossia.data.readers import BadRow
+from ossia.data.formats.notes import Notes, Place
 
 
-def has(row: dict[str, Any], *keys: str) -> bool:
+def has(row: Mapping[str, Any], *keys: str) -> bool:
     """Whether the row has one of these keys; null is absent, as Parquet writes it."""
     return any(row.get(key) is not None for key in keys)
 
 
-def first(row: dict[str, Any], keys: Iterable[str]) -> str | None:
+def first(row: Mapping[str, Any], keys: Iterable[str]) -> str | None:
     """The first of these keys that the row has."""
     return next((key for key in keys if row.get(key) is not None), None)
 
 
-def text(row: dict[str, Any], key: str | None, source: str) -> str:
+def only(row: Mapping[str, Any], keys: Iterable[str], place: Place) -> str | None:
+    """The key that the row has of several names for one thing; BadRow where two of them say different things."""
+    found = [key for key in keys if row.get(key) is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    said = [key for key in found if not _blank(row[key])] or found[:1]
+    values = [row[key].strip() if isinstance(row[key], str) else row[key] for key in said]
+    for key, value in zip(said[1:], values[1:], strict=True):
+        if value != values[0]:
+            raise place.bad(f"{': ' if place.path else ''}{said[0]} and {key} mean the same and differ; keep one")
+    return said[0]
+
+
+def text(row: Mapping[str, Any], key: str | None, place: Place) -> str:
     """A text; empty where the key is absent."""
     value = None if key is None else row.get(key)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise BadRow(f"{source}: {key} is {shown(value)}; a text is needed")
+        raise place.key(str(key)).bad(f" is {shown(value)}; a text is needed")
     return value
 
 
-def listed(value: Any, where: str) -> list[Any]:
-    """A list that is not empty; one written as JSON text, as in CSV and Parquet, is read."""
+def listed(value: Any, place: Place) -> list[Any]:
+    """A list that is not empty.
+
+    One written as JSON text, as in CSV and Parquet, is read; so is an object of equally long lists, which is how Arrow
+    may give a list of objects.
+    """
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = parsed(value, where)
+        value = parsed(value, place)
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        columns = list(value.values())
+        if len({len(column) for column in columns}) == 1:
+            rows = zip(*columns, strict=True)
+            value = [{k: v for k, v in zip(value, row, strict=True) if v is not None} for row in rows]
     if not isinstance(value, list) or not value:
-        raise BadRow(f"{where} is {'empty' if value == [] else shown(value)}; a list is needed")
+        raise place.bad(f" is {'empty' if value == [] else shown(value)}; a list is needed")
     return value
 
 
-def parsed(value: str, where: str) -> Any:
-    """JSON that stands in a text."""
+def parsed(value: str, place: Place) -> Any:
+    """JSON that stands in a text; nulls in its objects are absence."""
     try:
-        return json.loads(value)
+        return without_nulls(json.loads(value), place.notes)
     except RecursionError:
-        raise BadRow(f"{where} is nested too deeply to be read") from None
+        raise place.bad(" is nested too deeply to be read") from None
     except ValueError as error:
-        raise BadRow(f"{where} is a text that is not JSON ({error})") from None
+        raise place.bad(f" is a text that is not JSON ({error})") from None
+
+
+def as_json(value: Any, place: Place) -> str:
+    """A value as JSON text, as a model writes it."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise place.bad(" holds NaN or Infinity, which JSON has not") from None
+
+
+def without_nulls(value: Any, notes: Notes | None = None) -> Any:
+    """The value without the null members of its objects.
+
+    Arrow gives every object of a column the keys of all of them, with null where a row has none. An object that has
+    nothing but such keys is absent itself.
+    """
+    if isinstance(value, dict):
+        kept = {}
+        for key, item in value.items():
+            if item is None:
+                continue
+            if isinstance(item, dict | list):
+                inner = without_nulls(item, notes)
+                if notes is not None and key == "arguments" and inner != item:
+                    notes.seen.add("null_arguments")
+                if item and not inner:
+                    continue
+                item = inner
+            kept[key] = item
+        return kept
+    if isinstance(value, list):
+        return [without_nulls(item, notes) if isinstance(item, dict | list) else item for item in value]
+    return value
+
+
+def _blank(value: Any) -> bool:
+    return not value.strip() if isinstance(value, str) else value in ([], {})
 
 
 def shown(value: Any) -> str:

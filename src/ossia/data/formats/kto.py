@@ -6,8 +6,8 @@ from typing import Any
 
 from ossia.data.formats import query
 from ossia.data.formats.fields import has
+from ossia.data.formats.notes import Place
 from ossia.data.formats.preference import read_prompt
-from ossia.data.readers import BadRow
 from ossia.template.messages import Conversation
 
 _LABELS = ("label", "kto_tag")
@@ -21,10 +21,10 @@ def accepts(row: dict[str, Any]) -> bool:
     return any(str(row.get(key)).lower() in _TRUTH for key in _LABELS)
 
 
-def read(row: dict[str, Any], source: str) -> Conversation:
+def read(row: dict[str, Any], place: Place) -> Conversation:
     """The conversation, its last answer judged by `label`."""
-    conversation = read_prompt(row, source)
+    conversation = read_prompt(row, place)
     if conversation.messages[-1].role != "assistant":
-        raise BadRow(f"{source}: a label, but no answer at the end that it judges")
+        raise place.bad("a label, but no answer at the end that it judges")
     conversation.label = next(_TRUTH[str(row[key]).lower()] for key in _LABELS if has(row, key))
     return conversation
