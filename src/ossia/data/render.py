@@ -145,10 +145,14 @@ class Counts:
         return plain(names) + (" …" if len(self.unused) > 8 else "")
 
     def remarks(self, options: RowOptions) -> list[str]:
-        """What rows have that is not read, or is read otherwise than it stands."""
+        """What rows have that is not read or is read otherwise than it stands, and how many are bad."""
         lines = [f"keys not used: {unused}"] if (unused := self.unused_names()) else []
         lines += [f"{counted(count, 'row')} with {NOTES[name]}" for name, count in self.notes.most_common()]
-        return [*lines, missing] if (missing := self.missing_columns(options.columns)) else lines
+        if missing := self.missing_columns(options.columns):
+            lines.append(missing)
+        if self.bad:
+            lines.append(f"{counted(self.bad, 'bad row')} skipped, first: {self.first_bad}")
+        return lines
 
     def missing_columns(self, columns: dict[str, str]) -> str:
         """The columns that `--columns` names and no row has."""
@@ -165,8 +169,6 @@ class Counts:
             f"{self.trained:,} carry loss ({share:.0%}), longest {self.longest:,}"
         ]
         lines += self.remarks(options)
-        if self.bad:
-            lines.append(f"{counted(self.bad, 'bad row')} skipped, first: {self.first_bad}")
         if self.split:
             lines.append(f"{counted(self.split, 'row')} with reasoning in earlier turns split into one sample a turn")
         if self.too_long:

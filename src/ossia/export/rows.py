@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from ossia.config.parts import DataOptions, RowOptions
-from ossia.data.render import read_rows, refuse_bad
+from ossia.console import say
+from ossia.data.render import Counts, read_rows, refuse_bad
 from ossia.data.sources import find_datasets
 from ossia.errors import UsageError
 from ossia.template.messages import Conversation
@@ -39,14 +40,18 @@ def conversations_of(
             return None
     if not named:
         return None
-    return _read(named, options, seed)
+    return _read(named, options, seed, f"--{part}")
 
 
-def _read(named: list[str], options: RowOptions, seed: int) -> Iterator[Conversation]:
+def _read(named: list[str], options: RowOptions, seed: int, flag: str) -> Iterator[Conversation]:
+    counts = Counts()
     for outcome in read_rows(named, options, seed):
         refuse_bad(outcome, options)
+        counts.add(outcome)
         if outcome.conversation is not None and outcome.conversation.text is None:
             yield outcome.conversation
+    for line in counts.remarks(options):
+        say(f"{flag}: {line}")
 
 
 def drawn(rows: Iterator[Conversation], count: int) -> list[Conversation]:

@@ -210,8 +210,8 @@ def _read(config: InferConfig, template: Template) -> tuple[list[Conversation], 
                 outcome = spoiled(outcome.source, error)
         refuse_bad(outcome, config)
         counts.add(outcome)
-    if counts.bad:
-        say(f"--val_dataset: {counted(counts.bad, 'bad row')} skipped, first: {counts.first_bad}")
+    for line in counts.remarks(config):
+        say(f"--val_dataset: {line}")
     if not rows:
         raise UsageError(f"--val_dataset {' '.join(config.val_dataset)}: no row to answer")
     return rows, prompts

@@ -15,7 +15,7 @@ def split_think(text: str) -> tuple[str | None, str]:
     Where `text` has only the closing tag, what stands before it is the reasoning: the prompt opened it. Reasoning is
     None where there is neither, as in a text that opens `<think>` later or never closes it, and `""` where it is blank.
     """
-    found = _THINK.match(text) or _CLOSED.match(text)
+    found = (_THINK.match(text) or _CLOSED.match(text)) if CLOSE in text else None
     if found is None:
         return None, text
     return found[1].strip(), text[found.end() :]

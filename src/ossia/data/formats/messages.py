@@ -70,9 +70,10 @@ def answer(said: str, thinking: str | None, place: Place, loss: float | None = N
         for message in found:
             message.loss = loss
         return found
-    thought = None if thinking else _THOUGHT.match(said)
-    if _TAGS.search(said, thought.end() if thought else 0):
-        place.note("think_tags")
+    if "</" in said or "<t" in said:
+        thought = None if thinking else _THOUGHT.match(said)
+        if _TAGS.search(said, thought.end() if thought else 0):
+            place.note("think_tags")
     note_control_text(said, place)
     return [Message("assistant", said, thinking, loss=loss)]
 
