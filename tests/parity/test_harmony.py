@@ -17,6 +17,7 @@ from ossia.errors import OssiaError
 from ossia.template import load_template, parse_loss_scale
 from ossia.template.harmony_tools import tools_section
 from ossia.template.messages import BUILTIN_CALLS, Conversation, Message, Reply, ToolCall, is_builtin
+from ossia.template.turns import split_turns
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 if not (SHARED / "tokenizer" / "tokenizer.json").is_file():
@@ -649,6 +650,76 @@ def test_calls_are_trained_up_to_call_and_the_header_after_it_is_not(template, t
     assert text_.index("functions.f to=assistant") < text_.index("functions.g to=assistant")
 
 
+def test_a_built_in_tool_is_trained_as_calls_are_and_goes_with_the_reasoning(weighted, template, tokenizer):
+    call = ToolCall("python", "print(1)", builtin=True)
+    worked = [
+        Message("user", "q"),
+        Message("assistant", "", "t", (call,)),
+        Message("tool", "1"),
+        Message("assistant", "a"),
+    ]
+    written = "<|start|>assistant to=python<|channel|>analysis code<|message|>print(1)<|call|>"
+    thought = "<|channel|>analysis<|message|>t<|end|>"
+    final = "<|channel|>final<|message|>a<|return|>"
+    row = Conversation(worked, [{"type": "python"}])
+    rendered = template.render(row)
+    assert trained(tokenizer, rendered) == [(1.0, thought + written), (1.0, final)]
+    assert [key for key, _ in itertools.groupby(rendered.channels)] == ["", "analysis", "commentary", "", "final"]
+    result = "<|start|>python to=assistant<|channel|>analysis<|message|>1<|end|>"
+    assert written + result in tokenizer.decode(rendered.input_ids)
+    # It is a call: the weight of reasoning is not its own.
+    assert trained(tokenizer, weighted("final_only").render(row)) == [(1.0, written), (1.0, final)]
+
+    later = template.render(Conversation([*worked, Message("user", "q2"), Message("assistant", "b")], row.tools))
+    assert "python to=" not in tokenizer.decode(later.input_ids)
+    assert "to=python" not in tokenizer.decode(later.input_ids)
+    assert trained(tokenizer, later) == [(1.0, "<|channel|>final<|message|>b<|return|>")]
+    # Without reasoning of its own it still leaves with what analysis there was, and its answer lost its ground.
+    worked[1].thinking = None
+    later = template.render(Conversation([*worked, Message("user", "q2"), Message("assistant", "b")], row.tools))
+    assert trained(tokenizer, later) == [(1.0, "<|channel|>final<|message|>b<|return|>")]
+
+
+def test_a_function_called_python_is_no_built_in_tool(template, tokenizer):
+    row = [Message("user", "q"), Message("assistant", "", None, (ToolCall("python", "{}"),)), Message("tool", "1")]
+    text_ = tokenizer.decode(template.render(Conversation(row, [{"name": "python"}])).input_ids)
+    assert "to=functions.python<|channel|>commentary <|constrain|>json<|message|>{}<|call|>" in text_
+    assert "functions.python to=assistant<|channel|>commentary<|message|>1<|end|>" in text_
+    assert "## python" not in text_
+
+
+def test_a_preamble_of_its_own_keeps_its_place_and_is_no_answer(template, tokenizer):
+    turn = [
+        Message("user", "q"),
+        Message("assistant", "I look.", "t1", channel="commentary"),
+        Message("assistant", "", "t2", (ToolCall("f", "{}"), ToolCall("g", "{}"))),
+        Message("tool", "r"),
+        Message("tool", "s"),
+    ]
+    call = " to=functions.{}<|channel|>commentary <|constrain|>json<|message|>{{}}<|call|>"
+    said_ = (
+        "<|channel|>analysis<|message|>t1<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+        "<|start|>assistant<|channel|>analysis<|message|>t2<|end|><|start|>assistant" + call.format("f")
+    )
+    assert trained(tokenizer, template.render(Conversation(turn))) == [(1.0, said_), (1.0, call.format("g"))]
+    assert said_ in tokenizer.decode(template.prompt(turn))
+    answered = [*turn, Message("assistant", "a", "t3", channel="final")]
+    assert said_ in tokenizer.decode(template.render(Conversation(answered)).input_ids)
+    kept = tokenizer.decode(template.prompt([*answered, Message("user", "q2")]))
+    assert "analysis<|message|>" not in kept
+    assert "<|start|>assistant<|channel|>commentary<|message|>I look.<|end|>" in kept
+    assert len(split_turns(Conversation([*answered, Message("user", "q2"), Message("assistant", "b")]))) == 2
+
+
+def test_results_without_names_answer_the_calls_of_the_messages_before_them(template, tokenizer):
+    calls = [Message("assistant", "", None, (ToolCall(name, "{}"),)) for name in ("f", "g")]
+    text_ = tokenizer.decode(
+        template.render(Conversation([*calls, Message("tool", "r"), Message("tool", "s")])).input_ids
+    )
+    results = [f"<|start|>functions.{name} to=assistant<|channel|>commentary<|message|>" for name in ("f", "g")]
+    assert f"{results[0]}r<|end|>{results[1]}s<|end|>" in text_
+
+
 def test_header_of_an_answer_after_an_answer_is_not_trained(template, tokenizer):
     row = [Message("user", "q"), Message("assistant", "a1"), Message("assistant", "a2")]
     final2 = FINAL2.removeprefix("<|start|>assistant")
@@ -743,6 +814,19 @@ def ids_of(tokenizer, text_):
             Reply("", tool_calls=(ToolCall("python", "1+1", builtin=True),)),
         ),
         (
+            " to=browser.search<|channel|>analysis code<|message|>{}<|call|>",
+            Reply("", tool_calls=(ToolCall("browser.search", "{}", builtin=True),)),
+        ),
+        (
+            "<|channel|>analysis<|message|>t<|end|><|start|>assistant<|channel|>commentary to=browser.open code"
+            "<|message|>{}<|call|>",
+            Reply("", "t", (ToolCall("browser.open", "{}", builtin=True),)),
+        ),
+        (
+            " to=functions.python<|channel|>commentary json<|message|>{}<|call|>",
+            Reply("", tool_calls=(ToolCall("python", "{}"),)),
+        ),
+        (
             " to=functions.f<|channel|>commentary<|message|>{",
             Reply("", tool_calls=(ToolCall("f", "{"),), finished=False),
         ),
@@ -751,6 +835,39 @@ def ids_of(tokenizer, text_):
 )
 def test_parse_takes_any_reply(template, tokenizer, text_, reply):
     assert template.parse(ids_of(tokenizer, text_)) == reply
+
+
+@pytest.mark.parametrize(
+    "header",
+    [" to=python<|channel|>analysis code", "<|channel|>analysis to=python code", "<|channel|>analysis to=python"],
+)
+def test_a_built_in_tool_streams_as_a_call(template, tokenizer, header):
+    ids = ids_of(tokenizer, f"<|channel|>analysis<|message|>t<|end|><|start|>assistant{header}<|message|>1+1<|call|>")
+    splitter = template.stream()
+    pieces = [piece for token in ids for piece in splitter.read(token)] + splitter.rest()
+    assert [(p.part, p.channel, p.call, p.builtin) for p in pieces][:2] == [
+        (0, "analysis", None, False),
+        (1, "commentary", "python", True),
+    ]
+    assert all(p.builtin and p.call == "python" for p in pieces[1:])
+    assert "".join(p.text for p in pieces[1:]) == "1+1"
+    assert streamed(template, ids) == [("analysis", "t"), ("commentary", "python(1+1)")]
+
+
+@pytest.mark.parametrize(
+    "tools", [["browser"], ["python"], ["browser", "python"], ["python", "browser"], ["browser", "f"]]
+)
+def test_built_in_tools_are_declared_as_openai_harmony_does(template, oracle, tools):
+    declared = [{"name": "f", "description": "d"} if name == "f" else {"type": name} for name in tools]
+    row = Conversation([Message("system", "Be brief."), Message("user", "q")], declared)
+    assert_parity(template, oracle, row)
+    text_ = oracle.decode(template.prompt(row.messages, tools=declared))
+    assert [name in text_ for name in ("## browser", "## python", "## functions", "channel: 'functions'")] == [
+        "browser" in tools,
+        "python" in tools,
+        "f" in tools,
+        "f" in tools,
+    ]
 
 
 def test_any_ids_parse_and_stream_alike(template, tokenizer):

@@ -11,8 +11,9 @@ from ossia.template.think import split_think
 def split_turns(conversation: Conversation) -> list[Conversation]:
     """The samples of a row: each ends with one turn, reasoning included, and trains that turn alone.
 
-    A row whose earlier turns have no reasoning (and no calls of built-in tools, which go with it) stays one sample, which trains all its turns in the same contexts at a
-    fraction of the tokens. A turn is everything from a user message (or the start) to the answer before the next.
+    A row whose earlier turns have no reasoning, and no calls of built-in tools, which go with it, stays one sample,
+    which trains all its turns in the same contexts at a fraction of the tokens. A turn is everything from a user
+    message (or the start) to the answer before the next.
     """
     messages = conversation.messages
     starts = [i for i, message in enumerate(messages) if message.role == "user" and i and _says(messages[i - 1])]
