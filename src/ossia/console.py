@@ -48,6 +48,12 @@ def say(line: str = "") -> None:
         print(line, flush=True)
 
 
+def warn(line: str) -> None:
+    """Print one line beside the output, on stderr, from the main process only."""
+    if is_main_process():
+        print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress(label: str, total: float, unit: str, beside: Callable[[], str] = str) -> Iterator[Advance]:
     """A bar on a terminal; elsewhere a plain line every ten seconds. Yields `advance(amount)`.

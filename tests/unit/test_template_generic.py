@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
+import random
 import subprocess
 import sys
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ossia.config.parts import TemplateOptions
 from ossia.errors import OssiaError, UsageError
 from ossia.template import LossWeights, load_template, parse_loss_scale
 from ossia.template.harmony import REQUIRED_TOKENS
 from ossia.template.messages import Conversation, Message, Reply, ToolCall
+from ossia.template.options import template_from
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -206,6 +210,230 @@ def test_stream_holds_back_bytes_of_a_character():
     ids = template.tokenizer.encode("é😀", add_special_tokens=False)
     assert len(ids) == 6
     assert [splitter.push(token) for token in ids] == [[], [("final", "é")], [], [], [], [("final", "😀")]]
+
+
+# --- names of control tokens in messages
+
+CHATML_THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+DEEPSEEK = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}<｜Assistant｜>"
+    "{{ m.content.split('</think>')[-1] if not loop.last else m.content }}{{ eos_token }}"
+    "{% else %}<｜User｜>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
+)
+STYLES = {
+    "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
+    "chatml, marked": (MARKED, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
+    "qwen": (CHATML_THINKS, ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"], None, "<|im_end|>"),
+    "llama": (LLAMA, ["<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<s>", "<|eot_id|>"),
+    "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>"),
+    "gemma": (GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
+    "phi": (PHI, ["<|user|>", "<|system|>", "<|assistant|>", "<|end|>"], None, "<|end|>"),
+    "deepseek": (DEEPSEEK, ["<|bos|>", "<|eos|>", "<｜User｜>", "<｜Assistant｜>"], "<|bos|>", "<|eos|>"),
+}
+LETTERS = {"<": "⟦", ">": "⟧", "[": "⟦", "]": "⟧"}
+TEXTS = [
+    "the",
+    " answer",
+    " is",
+    "42",
+    "\n",
+    "\n\n",
+    "  ",
+    "你好",
+    " é",
+    "don't",
+    "<|",
+    "|>",
+    "<",
+    "[",
+    "</",
+    "user",
+    "_end",
+]
+
+
+def trained_tokenizer(style, kind, renamed):
+    """A tokenizer with merges; `renamed`: the control tokens have other names, with the same ids."""
+    template, names, bos, eos = STYLES[style]
+    backend = Tokenizer(models.BPE(unk_token=None, byte_fallback=kind == "sentencepiece"))
+    corpus = [*TEXTS, *names, "the answer is 42 <|im_end|> <|im_start|>user\n the end |> user<", "<s> </s> [INST]"] * 3
+    if kind == "sentencepiece":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        backend.decoder = decoders.Metaspace(prepend_scheme="first")
+        alphabet = [*map(chr, range(32, 127)), "\n", "⟦", "⟧", *(f"<0x{i:02X}>" for i in range(256))]
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=alphabet[-256:], initial_alphabet=alphabet[:-256])
+    else:
+        # As Llama 3 splits: the line breaks before a word are one piece.
+        split = pre_tokenizers.Split(Regex(r"[^\r\n\w]?\w+| ?[^\s\w]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
+        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+        backend.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet)
+    backend.train_from_iterator(corpus, trainer)
+    if kind == "sentencepiece":
+        # What training needed as special tokens are ordinary bytes of the model.
+        backend_ = Tokenizer(backend.model)
+        backend_.pre_tokenizer, backend_.decoder = backend.pre_tokenizer, backend.decoder
+        backend = backend_
+
+    def name(token):
+        return token if token is None or not renamed else "".join(LETTERS.get(c, c) for c in token)
+
+    for token in names:
+        template = template.replace(token, name(token))
+    if renamed and style == "phi":
+        template = template.replace("'<|'", "'⟦|'").replace("'|>'", "'|⟧'")
+    special = [AddedToken(name(token), special=not token.endswith("call>"), normalized=False) for token in names]
+    backend.add_tokens([token for token in special if not token.special])
+    backend.add_special_tokens([token for token in special if token.special])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=name(bos), eos_token=name(eos))
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def words(rng, names):
+    return "x" + "".join(rng.choices([*TEXTS, *names, *names], k=rng.randint(1, 12))) + "y"
+
+
+def generated(rng, names, calls):
+    messages = [Message("system", words(rng, names))] if rng.random() < 0.3 else []
+    for _ in range(rng.randint(1, 3)):
+        messages.append(Message("user", words(rng, names)))
+        thinking = words(rng, names) if calls and rng.random() < 0.5 else None
+        made = (
+            (ToolCall("f", json.dumps({words(rng, names): [words(rng, names)]})),)
+            if calls and rng.random() < 0.5
+            else ()
+        )
+        messages.append(Message("assistant", words(rng, names), thinking, made))
+    return Conversation(messages, [])
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+@pytest.mark.parametrize("style", STYLES)
+def test_names_of_control_tokens_in_messages_are_ordinary_text(style, kind):
+    """The tokens are those of a tokenizer whose control tokens have other names, so that the messages name none."""
+    ours, other = (load_template(trained_tokenizer(style, kind, renamed), "generic") for renamed in (False, True))
+    assert ours.unguarded is None
+    names = STYLES[style][1]
+    control = set(ours.tokenizer.convert_tokens_to_ids(names))
+    plain = Conversation([Message("user", "x"), Message("assistant", "y")])
+    assert control & set(ours.render(plain).input_ids)
+    for seed in range(60):
+        row = generated(random.Random(seed), names, style == "qwen")
+        assert ours.render(row) == other.render(row), seed
+        assert ours.prompt(row.messages[:-1]) == other.prompt(row.messages[:-1]), seed
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+@pytest.mark.parametrize("style", STYLES)
+def test_ordinary_text_has_the_tokens_of_apply_chat_template(style, kind):
+    template = load_template(trained_tokenizer(style, kind, False), "generic")
+    for seed in range(20):
+        row = generated(random.Random(seed), [], False)
+        plain = [{"role": m.role, "content": m.content} for m in row.messages]
+        ids = template.tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
+        assert template.render(row).input_ids == ids
+
+
+def test_tools_and_names_of_control_tokens_in_them_are_text_too():
+    source = "{{ tools | tojson }}" + CHATML_THINKS
+    special = ("<|im_start|>", "<|im_end|>")
+    template = load_template(make(source, special=special))
+    tools = [{"type": "function", "function": {"name": "f", "description": "ends <|im_end|>", "parameters": {}}}]
+    messages = [Message("user", "q"), Message("assistant", "a"), Message("tool", "r<|im_end|>", name="f")]
+    ids = template.prompt(messages, tools=tools)
+    assert ids.count(template.stop_ids[0]) == 3
+    assert "ends <|im_end|>" in template.tokenizer.decode(ids)
+
+
+def test_think_tags_that_are_tokens_are_tokens_where_the_assistant_reasons():
+    tokenizer = make(CHATML_THINKS, special=("<|im_start|>", "<|im_end|>"))
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>")])
+    opened, closed = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    template = load_template(tokenizer, loss=parse_loss_scale("final_only"))
+    for message in (
+        Message("assistant", "a", "t"),
+        Message("assistant", "<think>\nt\n</think>\n\na"),
+        Message("assistant", "t\n</think>\n\na"),
+    ):
+        rendered = template.render(Conversation([Message("user", "what is </think> <think>?<|im_end|>"), message]))
+        assert (rendered.input_ids.count(opened), rendered.input_ids.count(closed)) == (1, 1)
+        assert tokenizer.decode(rendered.input_ids).endswith("assistant\n<think>\nt\n</think>\n\na<|im_end|>\n")
+        assert trained(template, Conversation([Message("user", "<think>"), message])) == [(1.0, "a<|im_end|>")]
+
+
+@pytest.mark.parametrize("source", [CHATML, CHATML_THINKS])
+def test_an_answer_with_only_the_closing_tag_reasons_before_it(source):
+    template = load_template(make(source), loss=parse_loss_scale("reasoning:0.5"))
+    row = Conversation([Message("user", "q"), Message("assistant", "hm\n</think>\n\na")])
+    assert trained(template, row) == [(0.5, "<think>\nhm\n</think>\n\n"), (1.0, "a<|im_end|>")]
+    # Said to be none, it is text.
+    row.messages[1].thinking = ""
+    assert template.tokenizer.decode(template.render(row).input_ids).endswith(
+        "assistant\nhm\n</think>\n\na<|im_end|>\n"
+    )
+
+
+def test_a_template_that_rewrites_messages_is_named_at_start(capsys):
+    rewriting = make(CHATML.replace("{{ m.content }}", "{{ m.content.replace('<|im_end|>', '') }}"))
+    template = template_from(rewriting, TemplateOptions(template="generic"))
+    assert "rewrites the text of messages" in template.unguarded
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    assert "template generic of memory" in said.err
+    # What the template does with names is then left to it.
+    assert trained(template, Conversation([Message("user", "<|im_end|>"), Message("assistant", "a")])) == [
+        (1.0, "a<|im_end|>")
+    ]
+
+    template_from(make(CHATML), TemplateOptions(template="generic"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_tokenizer_that_has_no_other_way_to_write_a_name_is_named_at_start():
+    letters = [(chr(i), -5.0) for i in range(32, 127)] + [("</s>", 0.0), ("\n", -5.0)]
+    backend = Tokenizer(models.Unigram(letters, unk_id=0))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("</s>", "<s>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    template = load_template(tokenizer)
+    assert template.unguarded == "its tokenizer writes </s> for the letters of the name too"
+    ids = template.render(Conversation([Message("user", "a<s></s>b"), Message("assistant", "c")])).input_ids
+    assert ids.count(tokenizer.convert_tokens_to_ids("<s>")) == 2
+
+
+def test_a_row_that_the_template_treats_by_its_names_is_refused():
+    source = CHATML.replace("{{ m.content }}", "{{ m.content.split('<|pad|>')[0] if m.role == 'tool' else m.content }}")
+    template = load_template(make(source, special=("<|im_start|>", "<|im_end|>", "<|pad|>")))
+    assert template.unguarded is None
+    messages = [Message("user", "q"), Message("tool", "a<|pad|>b", name="f")]
+    with pytest.raises(OssiaError, match="names a control token"):
+        template.prompt(messages)
 
 
 # --- load_template and --loss_scale

@@ -5,7 +5,9 @@ rendered up to each answer with the generation prompt and up to its end, and bot
 token for token: then an answer is what a model would have had to generate there. The token that ends the answer is
 trained too, what the template writes after it is not.
 
-Text of special tokens in a message becomes special tokens, as the tokenizer has it; only harmony guards against that.
+The name of a control token in a message stays text (see `control`) where the template leaves messages as they are.
+Where it does not, `unguarded` says so. The tags of reasoning that an answer begins with are control tokens where the
+tokenizer has them as such, and so is a `<think>` elsewhere in what the assistant says.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from jinja2 import TemplateError
 
 from ossia.errors import OssiaError
 from ossia.template.base import LossWeights, TextStream, digest, plain_text
+from ossia.template.control import ControlNames, mark_for
 from ossia.template.messages import Conversation, Message, Piece, Rendered, Reply
+from ossia.template.think import CLOSE, OPEN, split_think
 
+_THINK_TAGS = (OPEN, CLOSE)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THINK = re.compile(r"\s*(<think>)?(.*?)</think>\s*", re.DOTALL)
-_OPEN, _CLOSE = "<think>", "</think>"
 _PROBE = "ossia"
+_PROBED = 8
 
 
 class _Span(NamedTuple):
@@ -69,14 +74,14 @@ class GenericTemplate:
         self._source: str = source
         self._marked = bool(_GENERATION.search(source))
         added = tokenizer.added_tokens_decoder.items()
-        self._special = {id for id, token in added if token.special and token.content not in (_OPEN, _CLOSE)}
+        self._special = {id for id, token in added if token.special and token.content not in _THINK_TAGS}
 
         self.opens_thinking = False
         turn_end: int | None = None
         # A template may refuse the probe, for example for want of a system message; the end token is then eos alone.
         with contextlib.suppress(OssiaError):
             question, answer = Message("user", "a"), Message("assistant", _PROBE)
-            self.opens_thinking = self._text([question], prompt=True).rstrip().endswith(_OPEN)
+            self.opens_thinking = self._text([question], prompt=True).rstrip().endswith(OPEN)
             tail = self._text([question, answer]).rpartition(_PROBE)[2]
             turn_end = next((id for id in self._encode(tail) if id in self._special), None)
         found = (turn_end, tokenizer.eos_token_id)
@@ -86,6 +91,9 @@ class GenericTemplate:
                 f"the tokenizer in {tokenizer.name_or_path or 'memory'} has no eos_token and its template ends an "
                 "answer with no special token; set eos_token in tokenizer_config.json"
             )
+        self._names = ControlNames(tokenizer, source)
+        self.unguarded = self._unguarded()
+        self._rewrites = self.unguarded is not None and not self._names.unsafe
         self.pad_id: int = self.stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def fingerprint(self) -> str:
@@ -122,7 +130,7 @@ class GenericTemplate:
         self, messages: list[Message], *, tools: Sequence[dict[str, Any]] = (), reasoning_effort: str | None = None
     ) -> list[int]:
         """Token ids with the template's generation prompt at the end."""
-        return self._encode(self._text(self._with_system(messages), tools, reasoning_effort, prompt=True))
+        return self._ids(self._with_system(messages), tools, reasoning_effort, prompt=True)
 
     def parse(self, ids: list[int]) -> Reply:
         """The reply: `<think>` apart, special tokens left out; calls stay in the text as the model wrote them."""
@@ -160,7 +168,7 @@ class GenericTemplate:
                 raise OssiaError(f"messages[{i}] ({message.role}) has loss {message.loss}; only harmony trains it")
         if self._marked:
             return self._marked_spans(messages, row, weights)
-        ids = self._encode(self._text(messages, row.tools, row.reasoning_effort))
+        ids = self._ids(messages, row.tools, row.reasoning_effort)
         modified = self.loss.reasoning != 1 or self.loss.ignore_empty_think
         if base == "all" and not modified and all(message.loss is None for message in messages):
             return ids, []
@@ -175,7 +183,7 @@ class GenericTemplate:
 
     def _prefix(self, ids: list[int], messages: list[Message], row: Conversation, index: int, *, prompt: bool) -> int:
         """How many of `ids` the messages fill; OssiaError where they are not the first of `ids`."""
-        part = self._encode(self._text(messages, row.tools, row.reasoning_effort, prompt=prompt))
+        part = self._ids(messages, row.tools, row.reasoning_effort, prompt=prompt)
         if ids[: len(part)] != part:
             other = (
                 "" if self.loss.base == "last_round" else "train the last answers only with --loss_scale last_round, "
@@ -190,20 +198,10 @@ class GenericTemplate:
     def _marked_spans(
         self, messages: list[Message], row: Conversation, weights: dict[int, float]
     ) -> tuple[list[int], list[_Span]]:
-        found = self._apply(
-            messages,
-            row.tools,
-            row.reasoning_effort,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )
-        ids: list[int] = list(found["input_ids"])
-        offsets: list[tuple[int, int]] = found["offset_mapping"]
+        ids, offsets, mask = self._masked(messages, row)
         runs: list[tuple[int, int]] = []
         position = 0
-        for marked, group in groupby(found["assistant_masks"]):
+        for marked, group in groupby(mask):
             size = len(list(group))
             if marked:
                 end = position + size
@@ -223,6 +221,27 @@ class GenericTemplate:
         weight = next(iter(weights.values()), 0.0)
         return ids, [_Span(start, end, None, weight) for start, end in runs]
 
+    def _masked(self, messages: list[Message], row: Conversation) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+        """(ids, places in the text, 1 where the template marks an answer) of a row."""
+        text, mark = self._written(messages, row.tools, row.reasoning_effort)
+        found = self._apply(
+            messages,
+            row.tools,
+            row.reasoning_effort,
+            mark,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        places, mask = found["offset_mapping"], found["assistant_masks"]
+        if mark is None:
+            return list(found["input_ids"]), places, mask
+        runs = [list(run) for inside, run in groupby(zip(mask, places, strict=True), lambda m: m[0]) if inside]
+        answers = [(run[0][1][0], run[-1][1][1]) for run in runs]
+        ids, places = self._names.encode(text, mark)
+        return ids, places, [int(any(low <= place[0] < high for low, high in answers)) for place in places]
+
     def _turn_end(self, ids: list[int], start: int, end: int) -> int:
         """`end` moved behind the special token that ends the answer: back over white space, or forward by one."""
         back = end
@@ -241,27 +260,81 @@ class GenericTemplate:
         count = bisect.bisect_left(range(len(answer)), found.end(), key=lambda n: len(self._decode(answer[:n])))
         return count, not found[2].strip()
 
+    def _unguarded(self) -> str | None:
+        """Why names of control tokens in messages can become control tokens; None where they cannot."""
+        if self._names.unsafe:
+            return f"its tokenizer writes {', '.join(self._names.unsafe[:4])} for the letters of the name too"
+        names = sorted(self._names.names, key=lambda name: name not in self._source)[:_PROBED]
+        text = " ".join(["a", *(name for name in names if name not in _THINK_TAGS), "b"])
+        with contextlib.suppress(OssiaError):
+            for messages in ([Message("user", text)], [Message("user", text), Message("assistant", text)]):
+                mark = mark_for(text)
+                if self._text(messages, mark=mark).replace(mark, "") != self._text(messages):
+                    return "its chat template rewrites the text of messages"
+        return None
+
+    def _written(
+        self,
+        messages: list[Message],
+        tools: Sequence[dict[str, Any]],
+        effort: str | None,
+        *,
+        prompt: bool = False,
+    ) -> tuple[str, str | None]:
+        """(text, mark): names of control tokens in the messages have the mark in them; None where there are none."""
+        text = self._text(messages, tools, effort, prompt=prompt)
+        guarded = [(self._plain(message), _kept(message)) for message in messages] + [(list(tools), ())]
+        if self._rewrites or not any(self._names.within(value, kept) for value, kept in guarded):
+            return text, None
+        mark = mark_for([text, *(value for value, _ in guarded)])
+        marked = self._text(messages, tools, effort, mark=mark, prompt=prompt)
+        if marked.replace(mark, "") != text:
+            raise OssiaError(
+                "a message names a control token of this tokenizer, and the chat template does with that text what it "
+                f"does not do with others; take the name out ({', '.join(self._names.names[:6])} …)"
+            )
+        return marked, mark
+
+    def _ids(
+        self,
+        messages: list[Message],
+        tools: Sequence[dict[str, Any]],
+        effort: str | None,
+        *,
+        prompt: bool = False,
+    ) -> list[int]:
+        text, mark = self._written(messages, tools, effort, prompt=prompt)
+        return self._encode(text) if mark is None else self._names.encode(text, mark)[0]
+
     def _text(
         self,
         messages: list[Message],
         tools: Sequence[dict[str, Any]] = (),
         effort: str | None = None,
         *,
+        mark: str | None = None,
         prompt: bool = False,
     ) -> str:
         if not messages:
             return ""
-        return self._apply(messages, tools, effort, tokenize=False, add_generation_prompt=prompt)
+        return self._apply(messages, tools, effort, mark, tokenize=False, add_generation_prompt=prompt)
 
     def _apply(
-        self, messages: list[Message], tools: Sequence[dict[str, Any]], effort: str | None, **options: Any
+        self,
+        messages: list[Message],
+        tools: Sequence[dict[str, Any]],
+        effort: str | None,
+        mark: str | None = None,
+        **options: Any,
     ) -> Any:
         variables = {"reasoning_effort": effort or self.reasoning_effort, "model_identity": self.model_identity}
         options |= {name: value for name, value in variables.items() if value is not None and name in self._source}
+        plain, declared = [self._plain(message) for message in messages], list(tools)
+        if mark is not None:
+            plain = [self._names.marked(p, mark, _kept(m)) for p, m in zip(plain, messages, strict=True)]
+            declared = self._names.marked(declared, mark)
         try:
-            return self.tokenizer.apply_chat_template(
-                [self._plain(message) for message in messages], tools=list(tools) or None, **options
-            )
+            return self.tokenizer.apply_chat_template(plain, tools=declared or None, **options)
         except (TemplateError, TypeError) as error:
             raise OssiaError(f"the chat template refuses this conversation: {error}") from error
 
@@ -270,12 +343,16 @@ class GenericTemplate:
         role = message.role
         if role == "developer" and "developer" not in self._source:
             role = "system"
-        plain: dict[str, Any] = {"role": role, "content": message.content}
-        if message.thinking and message.thinking.strip():
+        thinking, content = message.thinking, message.content
+        if role == "assistant" and thinking is None and not content.lstrip().startswith(OPEN):
+            # Tags that are whole are the template's to read.
+            thinking, content = split_think(content)
+        plain: dict[str, Any] = {"role": role, "content": content}
+        if thinking and thinking.strip():
             if "reasoning_content" in self._source:
-                plain["reasoning_content"] = message.thinking
+                plain["reasoning_content"] = thinking
             else:
-                plain["content"] = f"{_OPEN}\n{message.thinking}\n{_CLOSE}\n\n{message.content}"
+                plain["content"] = f"{OPEN}\n{thinking}\n{CLOSE}\n\n{content}"
         if message.tool_calls:
             plain["tool_calls"] = [
                 {"type": "function", "function": {"name": call.name, "arguments": _arguments(call.arguments)}}
@@ -290,6 +367,11 @@ class GenericTemplate:
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _kept(message: Message) -> tuple[str, ...]:
+    """The names that stay control tokens in a message: the assistant's own tags of reasoning."""
+    return _THINK_TAGS if message.role == "assistant" else ()
 
 
 def _arguments(text: str) -> Any:
@@ -354,17 +436,17 @@ class ThinkSplitter:
             if not self._held:
                 return pieces
             if self._part == "start":
-                if self._held.startswith(_OPEN):
-                    self._held, self._part = self._held[len(_OPEN) :], "analysis"
+                if self._held.startswith(OPEN):
+                    self._held, self._part = self._held[len(OPEN) :], "analysis"
                     continue
-                if _OPEN.startswith(self._held):
+                if OPEN.startswith(self._held):
                     return pieces
                 self._part = "final"
             if self._part == "final":
                 pieces.append(("final", self._held))
                 self._held, self._leading = "", False
                 return pieces
-            thought, closed, rest = self._held.partition(_CLOSE)
+            thought, closed, rest = self._held.partition(CLOSE)
             if not closed:
                 thought = _before_tag(thought)
                 rest = self._held[len(thought.rstrip()) :]
@@ -379,7 +461,7 @@ class ThinkSplitter:
 
 def _before_tag(text: str) -> str:
     """`text` without an end that could become `</think>`."""
-    for size in range(min(len(text), len(_CLOSE) - 1), 0, -1):
-        if _CLOSE.startswith(text[-size:]):
+    for size in range(min(len(text), len(CLOSE) - 1), 0, -1):
+        if CLOSE.startswith(text[-size:]):
             return text[:-size]
     return text
