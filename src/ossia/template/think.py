@@ -6,7 +6,6 @@ import re
 
 OPEN, CLOSE = "<think>", "</think>"
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
-_CLOSED = re.compile(r"((?:(?!<think>).)*?)</think>\s*", re.DOTALL)
 
 
 def split_think(text: str) -> tuple[str | None, str]:
@@ -15,7 +14,9 @@ def split_think(text: str) -> tuple[str | None, str]:
     Where `text` has only the closing tag, what stands before it is the reasoning: the prompt opened it. Reasoning is
     None where there is neither, as in a text that opens `<think>` later or never closes it, and `""` where it is blank.
     """
-    found = (_THINK.match(text) or _CLOSED.match(text)) if CLOSE in text else None
-    if found is None:
+    before, closed, after = text.partition(CLOSE)
+    if not closed:
         return None, text
-    return found[1].strip(), text[found.end() :]
+    if (found := _THINK.match(text)) is not None:
+        return found[1].strip(), text[found.end() :]
+    return (None, text) if OPEN in before else (before.strip(), after.lstrip())
