@@ -507,3 +507,12 @@ def test_wrong_loss_scale(text, says):
 def test_importing_templates_does_not_import_torch():
     code = "import sys, ossia.template; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_built_in_tools_of_gpt_oss_are_no_other_models():
+    template = load_template(make(CHATML))
+    tools = [{"type": "python"}, {"type": "browser"}]
+    with pytest.raises(OssiaError, match="python and browser are built-in tools of gpt-oss"):
+        template.render(Conversation([Message("user", "q"), Message("assistant", "a")], tools))
+    with pytest.raises(OssiaError, match="browser is a built-in tool of gpt-oss"):
+        template.prompt([Message("user", "q")], tools=tools[1:])

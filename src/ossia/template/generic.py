@@ -25,7 +25,7 @@ from jinja2 import TemplateError
 from ossia.errors import OssiaError
 from ossia.template.base import LossWeights, TextStream, digest, plain_text
 from ossia.template.control import ControlNames, mark_for
-from ossia.template.messages import Conversation, Message, Piece, Rendered, Reply
+from ossia.template.messages import Conversation, Message, Piece, Rendered, Reply, is_builtin
 from ossia.template.think import CLOSE, OPEN, split_think
 
 _THINK_TAGS = (OPEN, CLOSE)
@@ -329,6 +329,11 @@ class GenericTemplate:
     ) -> Any:
         variables = {"reasoning_effort": effort or self.reasoning_effort, "model_identity": self.model_identity}
         options |= {name: value for name, value in variables.items() if value is not None and name in self._source}
+        if builtin := [tool["type"] for tool in tools if is_builtin(tool)]:
+            raise OssiaError(
+                f"{' and '.join(builtin)} {'is a built-in tool' if len(builtin) == 1 else 'are built-in tools'} of "
+                "gpt-oss, which this model's chat template cannot declare; declare a function"
+            )
         plain, declared = [self._plain(message) for message in messages], list(tools)
         if mark is not None:
             plain = [self._names.marked(p, mark, _kept(m)) for p, m in zip(plain, messages, strict=True)]
