@@ -106,7 +106,8 @@ def test_units_are_dealt_in_order_to_files_of_the_size():
 def adapter(folder, tensors=None, **values):
     """An adapter of rank 2 and alpha 6 on a linear layer [5, 3] and one expert projection [4, 3, 5]."""
     folder.mkdir(exist_ok=True)
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_parameters": ["mlp.experts.down_proj"], **values}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q"], **values}
+    config["target_parameters"] = ["mlp.experts.down_proj"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     prefix = "base_model.model."
     shapes = {"q.lora_A": (2, 3), "q.lora_B": (5, 2), "mlp.experts.lora_A": (8, 3), "mlp.experts.lora_B": (5, 8)}
@@ -120,29 +121,29 @@ def adapter(folder, tensors=None, **values):
 def test_changes_are_those_of_peft_in_any_pieces(tmp_path, rslora, scaling):
     made = {name.removeprefix("base_model.model."): t for name, t in adapter(tmp_path, use_rslora=rslora).items()}
     deltas = AdapterDeltas(tmp_path)
-    assert deltas.linear("k.weight", (5, 3)) is None
-    assert deltas.experts("mlp.experts.gate_up_proj", (4, 3, 5)) is None
-    linear = deltas.linear("q.weight", (5, 3)).read(CPU)
+    assert deltas.delta("k.weight", (5, 3)) is None
+    assert deltas.delta("mlp.experts.gate_up_proj", (4, 3, 5)) is None
+    linear = deltas.delta("q.weight", (5, 3)).read(CPU)
     want = made["q.lora_B.weight"] @ made["q.lora_A.weight"] * scaling
     torch.testing.assert_close(torch.cat([linear.rows(0, 2), linear.rows(2, 5)]), want)
     with pytest.raises(OssiaError, match="adapter of another base model"):
-        deltas.check_all_used(tmp_path)
-    experts = deltas.experts("mlp.experts.down_proj", (4, 3, 5)).read(CPU)
+        deltas.check({"q.weight": (5, 3)}, "the base")
+    experts = deltas.delta("mlp.experts.down_proj", (4, 3, 5)).read(CPU)
     # As `ParamWrapper.get_delta_weight` of peft 0.21 has it.
     a = made["mlp.experts.lora_A.weight"].reshape(4, -1, 3)
     b = made["mlp.experts.lora_B.weight"].reshape(5, -1, 4)
     want = torch.einsum("o r e, e r i -> e i o", b, a) * scaling
     torch.testing.assert_close(torch.cat([experts.rows(0, 1), experts.rows(1, 4)]), want)
-    deltas.check_all_used(tmp_path)
+    deltas.check({"q.weight": (5, 3), "mlp.experts.down_proj": (4, 3, 5)}, "the base")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"use_dora": True}, "use_dora is set"),
-        ({"r": 0}, "r and lora_alpha are not both numbers above 0"),
-        ({"lora_alpha": None}, "r and lora_alpha are not both numbers above 0"),
+        ({"peft_type": "IA3"}, 'peft_type is "IA3": only LoRA is read'),
+        ({"use_dora": True}, "use_dora is true: DoRA"),
+        ({"r": 0}, "r is 0, not a whole number above 0"),
+        ({"lora_alpha": None}, "lora_alpha is null, not a number above 0"),
     ],
 )
 def test_adapters_that_are_not_merged_are_named(tmp_path, values, message):
@@ -154,12 +155,12 @@ def test_adapters_that_are_not_merged_are_named(tmp_path, values, message):
 def test_adapters_that_do_not_fit_are_named(tmp_path):
     made = adapter(tmp_path)
     with pytest.raises(OssiaError, match=r"another base model; q.weight is \[5, 4\] in the base"):
-        AdapterDeltas(tmp_path).linear("q.weight", (5, 4))
+        AdapterDeltas(tmp_path).delta("q.weight", (5, 4))
     with pytest.raises(OssiaError, match="another base model"):
-        AdapterDeltas(tmp_path).experts("mlp.experts.down_proj", (2, 3, 5))
+        AdapterDeltas(tmp_path).delta("mlp.experts.down_proj", (2, 3, 5))
     adapter(tmp_path, {name: tensor for name, tensor in made.items() if "q.lora_B" not in name})
     with pytest.raises(OssiaError, match=r"q\.lora_A\.weight is alone"):
-        AdapterDeltas(tmp_path).linear("q.weight", (5, 3))
+        AdapterDeltas(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     os.truncate(file, file.stat().st_size - 4)
     with pytest.raises(OssiaError, match=r"adapter_model\.safetensors: damaged or cut short"):

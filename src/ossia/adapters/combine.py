@@ -9,23 +9,26 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ossia.adapters.files import CONFIG, WEIGHTS, read_settings, read_weights
-from ossia.adapters.targets import named_targets
+from ossia.adapters.files import CONFIG, WEIGHTS, read_weights
 from ossia.errors import OssiaError
 from ossia.model.folder import read_json
+from ossia.model.names import PROJECTIONS
 
 PARTS = "combined.json"
 """In a combined adapter's folder: names and weights of its parts."""
+_OWN = ("use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""Fields of a part that are not the sum's."""
 
 
 def combine(folders: Sequence[Path], weights: Sequence[float], output: Path) -> Path:
     """Write the adapter that changes a weight by the weighted sum of what the given ones do, in PEFT's layout.
 
     Raises:
-        OssiaError: damaged files, adapters of different bases, or one that is more than LoRA on whole modules.
+        OssiaError: damaged files, adapters of different bases, or one that is more than LoRA.
     """
     import torch
 
+    from ossia.adapters.deltas import AdapterDeltas, linear_targets
     from ossia.adapters.origin import KEY, origin_of
     from ossia.compat import save_tensors
 
@@ -33,37 +36,45 @@ def combine(folders: Sequence[Path], weights: Sequence[float], output: Path) -> 
     if len(origins) > 1:
         first, second = list(origins.values())[:2]
         raise OssiaError(f"--adapters: {first} and {second} were trained on different base models")
-    settings = [read_settings(folder) for folder in folders]
-    for folder, setting in zip(folders, settings, strict=True):
-        named_targets(setting, folder)
+    parts = [AdapterDeltas(folder) for folder in folders]
     held = [read_weights(folder) for folder in folders]
+    names = sorted({name for part in parts for name in part.places})
+    for part in parts:
+        if absent := [name for name in names if name not in part.places and part.targets(name)]:
+            raise part.lacks(absent[0])
+    ranks = {name: sum(part.places[name].rank for part in parts if name in part.places) for name in names}
+    rank = max(ranks.values())
     tensors: dict[str, torch.Tensor] = {}
-    modules = sorted({name.removesuffix(".lora_A.weight") for each in held for name in each if ".lora_A." in name})
-    for module in modules:
-        sides_a, sides_b = [], []
-        a_name, b_name = (f"{module}.lora_{side}.weight" for side in "AB")
-        shapes = {(e[a_name].shape[1], e[b_name].shape[0], e[a_name].shape[0] // s.rank)
-                  for e, s in zip(held, settings, strict=True) if a_name in e}  # fmt: skip
+    for name in names:
+        sides_a, sides_b, shapes = [], [], set()
+        for part, each, weight in zip(parts, held, weights, strict=True):
+            if (place := part.places.get(name)) is None:
+                continue
+            a, b = each[place.lora_a].float(), each[place.lora_b].float() * (weight * place.scaling)
+            shapes.add((a.shape[1], b.shape[0], a.shape[0] // place.rank))
+            sides_a.append(a.view(-1, place.rank, a.shape[1]))
+            sides_b.append(b.view(b.shape[0], place.rank, -1))
         if len(shapes) > 1:
-            raise OssiaError(f"--adapters: {folders[0]} and others are of different base models ({module} differs)")
+            raise OssiaError(f"--adapters: {folders[0]} and others are of different base models ({name} differs)")
         inputs, outputs, experts = shapes.pop()
-        for each, setting, weight in zip(held, settings, weights, strict=True):
-            if a_name in each:
-                a, b = each[a_name].float(), each[b_name].float() * (weight * setting.scaling)
-            else:
-                a = torch.zeros(experts * setting.rank, inputs)
-                b = torch.zeros(outputs, setting.rank * experts)
-            sides_a.append(a.view(experts, setting.rank, inputs))
-            sides_b.append(b.view(outputs, setting.rank, experts))
-        tensors[a_name] = torch.cat(sides_a, 1).reshape(-1, inputs)
-        tensors[b_name] = torch.cat(sides_b, 1).reshape(outputs, -1)
-    rank = sum(setting.rank for setting in settings)
-    names = {key: sorted({name for s in settings for name in getattr(s, key)}) or None
-             for key in ("target_modules", "target_parameters")}  # fmt: skip
-    config = read_json(folders[0] / CONFIG) | names | {"r": rank, "lora_alpha": rank, "use_rslora": False}
+        # PEFT has one rank for all: what is missing is zeros.
+        sides_a.append(torch.zeros(experts, rank - ranks[name], inputs))
+        sides_b.append(torch.zeros(outputs, rank - ranks[name], experts))
+        module, _, projection = name.rpartition(".")
+        nested = projection == PROJECTIONS[0] and f"{module}.{PROJECTIONS[1]}" in names
+        prefix = f"base_model.model.{module}{'.base_layer' if nested else ''}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.cat(sides_a, 1).reshape(-1, inputs)
+        tensors[f"{prefix}.lora_B.weight"] = torch.cat(sides_b, 1).reshape(outputs, -1)
+    plain = {key: values for key, values in read_json(folders[0] / CONFIG).items() if key not in _OWN}
+    config = plain | {
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted({end for part in parts for end in linear_targets(part)}),
+        "target_parameters": sorted({end for part in parts for end in part.settings.target_parameters}) or None,
+    }
     output.mkdir()
     (output / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    parts = [{"name": folder.name, "weight": weight} for folder, weight in zip(folders, weights, strict=True)]
-    (output / PARTS).write_text(json.dumps(parts) + "\n", encoding="utf-8")
+    told = [{"name": folder.name, "weight": weight} for folder, weight in zip(folders, weights, strict=True)]
+    (output / PARTS).write_text(json.dumps(told) + "\n", encoding="utf-8")
     save_tensors(tensors, output / WEIGHTS, {KEY: next(iter(origins))} if origins else None)
     return output

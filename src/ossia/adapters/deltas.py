@@ -5,17 +5,37 @@ R rank, E experts, O outputs, I inputs.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
-from ossia.adapters.files import WEIGHTS, read_settings
+from ossia.adapters.fields import FIELDS, MERGE
+from ossia.adapters.files import CONFIG, WEIGHTS, LoraSettings, read_settings
 from ossia.errors import OssiaError
 from ossia.kernels.mxfp4 import BLOCK
 from ossia.model.names import PROJECTIONS
 from ossia.model.stream import Stored, read_header, read_rows
+
+_KEY = re.compile(r"base_model\.model\.(?P<place>(?P<module>.+?)(\.base_layer)?)\.lora_[AB]\.weight")
+_OUTER = ("lm_head", "embed_tokens")
+_FOREIGN = (
+    (r"embed_tokens|lora_embedding", "a change of the embeddings, which is not computed here"),
+    ("lm_head", "a change of the head, which is not computed here"),
+    ("lora_magnitude_vector", FIELDS["use_dora"].says),
+    (r"lora_B\.bias", FIELDS["lora_bias"].says),
+    (r"bias$", FIELDS["bias"].says),
+    ("modules_to_save", FIELDS["modules_to_save"].says),
+    ("", "which is no factor of LoRA"),
+)
+"""What other tensors beside an adapter's mean, by their names."""
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -50,64 +70,136 @@ class Delta:
         return Factors(a_EIR * self.scaling, b_ERO)
 
 
+class Place(NamedTuple):
+    """Where an adapter's tensors for one weight of the base are in its file; `on_experts`: a projection of these."""
+
+    lora_a: str
+    lora_b: str
+    rank: int
+    scaling: float
+    on_experts: bool
+
+
 class AdapterDeltas:
-    """The changes of an adapter by base tensor. Making it reads the configuration and the header of the weights.
+    """The changes of an adapter by base tensor: `places` have `model.layers.0.self_attn.q_proj.weight` and
+    `model.layers.0.mlp.experts.down_proj`. Making it reads the configuration and the header of the weights.
 
     Raises:
-        OssiaError: damaged files, or an adapter that is more than LoRA.
+        OssiaError: damaged files, an adapter that is more than LoRA, or tensors that its configuration does not target.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        settings = read_settings(folder)
-        self.rank, self.scaling = settings.rank, settings.scaling
+        self.settings = read_settings(folder)
+        for end in self.settings.target_parameters:
+            if end.rpartition(".")[2] not in PROJECTIONS:
+                raise OssiaError(
+                    f"{folder / CONFIG}: target_parameters has {end}, which is no projection of experts; {MERGE}"
+                )
         self.stored = read_header(folder / WEIGHTS)
-        self.left = set(self.stored)
-        targeted = {name.rpartition(".")[2] for name in settings.target_parameters}
-        # PEFT nests the second projection around the first; one targeted alone is not nested.
-        self.nested = targeted.issuperset(PROJECTIONS)
-        self.alone = None if self.nested else next(iter(targeted), None)
+        self._peft = _matcher(self.settings, folder)
+        self.places = dict(self._places())
+        if not self.places:
+            raise OssiaError(f"{folder / WEIGHTS}: no tensors in it; copy the file again")
+        for name, place in self.places.items():
+            if not self.targets(name):
+                raise OssiaError(
+                    f"{folder / WEIGHTS}: has {place.lora_a}, which {CONFIG} does not target, so PEFT would leave it "
+                    "out; copy both files again, from one save"
+                )
 
-    def linear(self, name: str, shape: tuple[int, ...]) -> Delta | None:
-        """The change of a linear layer's weight `name` [O, I], if there is one; OssiaError where it does not fit."""
-        return self._delta(f"base_model.model.{name.removesuffix('.weight')}", name, shape)
+    def _places(self) -> Iterator[tuple[str, Place]]:
+        sides: dict[str, set[str]] = {}
+        for key, stored in self.stored.items():
+            if not (found := _KEY.fullmatch(key)) or found["module"].rpartition(".")[2] in _OUTER:
+                why = next(why for pattern, why in _FOREIGN if re.search(pattern, key))
+                raise OssiaError(f"{self.folder / WEIGHTS}: has {key}, {why}; {MERGE}")
+            if stored.dtype not in _DTYPES or len(stored.shape) != 2:
+                raise OssiaError(
+                    f"{self.folder / WEIGHTS}: {key} is {_name(stored.dtype)} {list(stored.shape)}, not a floating "
+                    "matrix; save the adapter again"
+                )
+            sides.setdefault(found["place"], set()).add(key)
+        for place, keys in sides.items():
+            if len(keys) == 1:
+                raise OssiaError(
+                    f"{self.folder / WEIGHTS}: {min(keys)} is alone, without its other half; copy it again"
+                )
+            module = place.removesuffix(".base_layer")
+            on_experts = module.rpartition(".")[2] == "experts"
+            projections = [name for name in PROJECTIONS if on_experts and self.targets(f"{module}.{name}")]
+            nests = len(projections) > 1
+            if place != module and not nests:
+                raise OssiaError(
+                    f"{self.folder / WEIGHTS}: has {min(keys)}, but {CONFIG} does not target both projections of "
+                    f"{module} in target_parameters; copy both files again, from one save"
+                )
+            # PEFT nests the second projection around the first; one targeted alone is not nested.
+            name = f"{module}.{projections[-1 if place == module else 0]}" if projections else f"{module}.weight"
+            of = name if projections else module
+            a, b = sorted(keys)
+            yield name, Place(a, b, self.settings.rank_of(of), self.settings.scaling_of(of), bool(projections))
 
-    def experts(self, name: str, shape: tuple[int, ...]) -> Delta | None:
-        """The change of an expert projection `name` [E, I, O], if there is one; OssiaError where it does not fit."""
-        module, _, projection = name.rpartition(".")
-        if not self.nested and projection != self.alone:
+    def targets(self, name: str) -> bool:
+        """Whether the configuration means a base tensor, as PEFT understands it."""
+        if not name.endswith(".weight"):
+            return any(name == end or name.endswith(f".{end}") for end in self.settings.target_parameters)
+        module = name.removesuffix(".weight")
+        if self.settings.target_modules == "all-linear":
+            return not any(word in module for word in ("embed", "norm", "router", "lm_head"))
+        return bool(check_target_module_exists(self._peft, module))
+
+    def delta(self, name: str, shape: tuple[int, ...]) -> Delta | None:
+        """The change of a base tensor, if there is one: of a linear layer's weight [O, I], or of a projection of
+        experts [E, I, O]. OssiaError where it does not fit."""
+        place = self.places.get(name)
+        if place is None:
             return None
-        inner = ".base_layer" if self.nested and projection == "gate_up_proj" else ""
-        return self._delta(f"base_model.model.{module}{inner}", name, shape)
-
-    def _delta(self, prefix: str, name: str, shape: tuple[int, ...]) -> Delta | None:
-        keys = [f"{prefix}.lora_{side}.weight" for side in "AB"]
-        found = [key for key in keys if key in self.stored]
-        if not found:
-            return None
-        if len(found) < len(keys):
-            raise OssiaError(f"{self.folder / WEIGHTS}: {found[0]} is alone, without its other half; copy it again")
-        a, b = (self.stored[key] for key in keys)
-        if len(shape) == 3:
+        a, b = self.stored[place.lora_a], self.stored[place.lora_b]
+        experts, wanted = 0, ((place.rank, shape[-1]), (shape[0], place.rank))
+        if place.on_experts:
             experts, inputs, outputs = shape
-            wanted = (experts * self.rank, inputs), (outputs, self.rank * experts)
-        else:
-            experts, wanted = 0, ((self.rank, shape[-1]), (shape[0], self.rank))
+            wanted = (experts * place.rank, inputs), (outputs, place.rank * experts)
         if (a.shape, b.shape) != wanted:
             raise OssiaError(
                 f"{self.folder}: adapter of another base model; {name} is {list(shape)} in the base, so its lora_A and "
                 f"lora_B would be {_both(wanted)}, not {_both((a.shape, b.shape))}; give --model with its own base"
             )
-        self.left.difference_update(keys)
-        return Delta(a, b, self.scaling, experts)
+        return Delta(a, b, place.scaling, experts)
 
-    def check_all_used(self, base: Path) -> None:
-        """OssiaError naming a tensor of the adapter that belongs to none of the base's."""
-        if self.left:
+    def check(self, shapes: Mapping[str, tuple[int, ...]], base: str) -> None:
+        """Hold the adapter against a base.
+
+        Args:
+            shapes: of the base's tensors by name: of linear layers [O, I], of projections of experts [E, I, O].
+            base: named in errors.
+
+        Raises:
+            OssiaError: other shapes, tensors that the base has no weight for, or targets without tensors.
+        """
+        for name, shape in shapes.items():
+            if self.delta(name, shape) is None and self.targets(name):
+                raise self.lacks(name)
+        if left := self.places.keys() - shapes.keys():
             raise OssiaError(
-                f"{self.folder}: adapter of another base model; {len(self.left)} of its tensors have no weight in "
-                f"{base}, first {min(self.left)}; give --model with its own base"
+                f"{self.folder}: adapter of another base model; {len(left)} of the weights it changes are not in "
+                f"{base}, first {min(left)}; give --model with its own base"
             )
+
+    def lacks(self, name: str) -> OssiaError:
+        """The error that a targeted base tensor has no tensors in the file."""
+        return OssiaError(
+            f"{self.folder / WEIGHTS}: no tensors for {name}, which {CONFIG} targets; copy both files again, from one "
+            "save"
+        )
+
+
+def linear_targets(deltas: AdapterDeltas) -> list[str]:
+    """Endings of the names of the linear layers that an adapter is on, or whole names where it takes these."""
+    settings = deltas.settings
+    if settings.is_plain:
+        return list(settings.target_modules)
+    return sorted(name.removesuffix(".weight") for name, place in deltas.places.items() if not place.on_experts)
 
 
 def expert_shape(dense: Stored | None, scales: Stored | None) -> tuple[int, ...]:
@@ -121,3 +213,20 @@ def expert_shape(dense: Stored | None, scales: Stored | None) -> tuple[int, ...]
 
 def _both(shapes: tuple[tuple[int, ...], ...]) -> str:
     return " and ".join(str(list(shape)) for shape in shapes)
+
+
+def _matcher(settings: LoraSettings, folder: Path) -> LoraConfig:
+    """The targets as PEFT matches names with them."""
+    try:
+        return LoraConfig(
+            target_modules=settings.target_modules,
+            exclude_modules=settings.exclude_modules or None,
+            layers_to_transform=settings.layers_to_transform,
+            layers_pattern=settings.layers_pattern,
+        )
+    except (TypeError, ValueError) as error:
+        raise OssiaError(f"{folder / CONFIG}: not a configuration that PEFT takes ({error})") from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ossia.adapters.files import by_pattern
 from ossia.kernels.expert_mlp import Adapter
 from ossia.kernels.grouped_linear import grouped_linear
 from ossia.model.experts import Experts, fuses
@@ -22,8 +23,8 @@ from ossia.model.names import PROJECTIONS, Projection
 class ExpertsLora(nn.Module, LoraLayer):
     """Adapters of a layer's experts.
 
-    `lora_A_<projection>[adapter]` is [E, in, r] and `lora_B_<projection>[adapter]` [E, r, out], float32. The layout on
-    disk is PEFT's (see `ossia.adapters.io`).
+    `lora_A_<projection>[adapter]` is [E, in, r] and `lora_B_<projection>[adapter]` [E, r, out], float32, with the rank
+    and the scale that PEFT's patterns give that projection. The layout on disk is PEFT's (see `ossia.adapters.io`).
     """
 
     adapter_layer_names = tuple(f"lora_{side}_{name}" for name in PROJECTIONS for side in "AB")
@@ -35,18 +36,31 @@ class ExpertsLora(nn.Module, LoraLayer):
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config.r, lora_alpha=config.lora_alpha, config=config)
+        self._scales: dict[tuple[str, str], float] = {}
+        self.update_layer(adapter_name, config.r, config.lora_alpha, config, target_name=kwargs.get("target_name", ""))
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
-        """Add an adapter: A uniform as `nn.Linear` starts, B zero."""
+        """Add an adapter: A uniform as `nn.Linear` starts, B zero.
+
+        Args:
+            adapter_name: PEFT's name of it.
+            r, lora_alpha: where no pattern says otherwise.
+            config: the adapter's `LoraConfig`.
+            kwargs: `target_name`, the name of this module.
+        """
         base = cast(Experts, self.get_base_layer())
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.r[adapter_name] = config.r
+        self.lora_alpha[adapter_name] = config.lora_alpha
+        self.scaling[adapter_name] = _scaling(config.lora_alpha, config.r, config)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         device = base.get_parameter("gate_up_proj_bias").device
         for name in PROJECTIONS:
             inputs, outputs = base.sizes[name]
+            key = f"{kwargs.get('target_name', '')}.{name}"
+            r = by_pattern(config.rank_pattern, key, config.r)
+            self._scales[adapter_name, name] = _scaling(
+                by_pattern(config.alpha_pattern, key, config.lora_alpha), r, config
+            )
             a_EIR = torch.empty(base.num_experts, inputs, r, device=device)
             nn.init.uniform_(a_EIR, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
             getattr(self, f"lora_A_{name}")[adapter_name] = nn.Parameter(a_EIR)
@@ -55,6 +69,21 @@ class ExpertsLora(nn.Module, LoraLayer):
             )
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def leave_out(self, adapter: str, projection: Projection) -> None:
+        """Take an adapter from one of the projections."""
+        for side in "AB":
+            del getattr(self, f"lora_{side}_{projection}")[adapter]
+
+    def pair(self, adapter: str) -> tuple[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], float] | None:
+        """A and B of both projections and their scale; None where rank or scale differ, or one has no adapter."""
+        if any(adapter not in getattr(self, f"lora_A_{name}") for name in PROJECTIONS):
+            return None
+        first, second = (
+            (getattr(self, f"lora_A_{name}")[adapter], getattr(self, f"lora_B_{name}")[adapter]) for name in PROJECTIONS
+        )
+        scale, other = (self._scales[adapter, name] for name in PROJECTIONS)
+        return ((first, second), scale) if scale == other and first[0].shape[2] == second[0].shape[2] else None
+
     def forward(
         self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, residual_TH: Tensor | None = None
     ) -> Tensor:
@@ -62,10 +91,9 @@ class ExpertsLora(nn.Module, LoraLayer):
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.r]
         if not active:
             return self.base_layer(hidden_TH, index_TK, weight_TK, residual_TH)
-        if fuses(hidden_TH) and len(active) == 1 and not self._drops(active[0]):
-            sides = [[getattr(self, f"lora_{side}_{name}")[active[0]] for side in "AB"] for name in PROJECTIONS]
-            pair = (Adapter(*sides[0]), Adapter(*sides[1]))
-            scale = self.scaling[active[0]]
+        if fuses(hidden_TH) and len(active) == 1 and not self._drops(active[0]) and (found := self.pair(active[0])):
+            (first, second), scale = found
+            pair = (Adapter(*first), Adapter(*second))
             return self.base_layer(hidden_TH, index_TK, weight_TK, residual_TH, adapters=pair, scale=scale)
         return self.base_layer(hidden_TH, index_TK, weight_TK, residual_TH, self._delta)
 
@@ -75,7 +103,7 @@ class ExpertsLora(nn.Module, LoraLayer):
     def _delta(self, projection: Projection, rows: Tensor, offsets_E: Tensor) -> Tensor:
         total: Tensor | None = None
         for adapter in self.active_adapters:
-            if adapter not in self.r:
+            if adapter not in getattr(self, f"lora_A_{projection}"):
                 continue
             a_EIR = getattr(self, f"lora_A_{projection}")[adapter].to(rows.dtype)
             b_ERO = getattr(self, f"lora_B_{projection}")[adapter].to(rows.dtype)
@@ -84,7 +112,7 @@ class ExpertsLora(nn.Module, LoraLayer):
                 pad = -a_EIR.shape[-1] % 8
                 a_EIR, b_ERO = F.pad(a_EIR, (0, pad)), F.pad(b_ERO, (0, 0, 0, pad))
             inner = grouped_linear(self.lora_dropout[adapter](rows), a_EIR, offsets_E)
-            part = grouped_linear(inner * self.scaling[adapter], b_ERO, offsets_E)
+            part = grouped_linear(inner * self._scales[adapter, projection], b_ERO, offsets_E)
             total = part if total is None else total + part
         return torch.zeros((), device=rows.device, dtype=rows.dtype) if total is None else total
 
@@ -92,4 +120,8 @@ class ExpertsLora(nn.Module, LoraLayer):
         """The change of a projection's weight, float32 [E, in, out]."""
         a_EIR = getattr(self, f"lora_A_{projection}")[adapter].float()
         b_ERO = getattr(self, f"lora_B_{projection}")[adapter].float()
-        return torch.bmm(a_EIR, b_ERO) * self.scaling[adapter]
+        return torch.bmm(a_EIR, b_ERO) * self._scales[adapter, projection]
+
+
+def _scaling(alpha: float, rank: int, config: Any) -> float:
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)

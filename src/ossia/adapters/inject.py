@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import defaultdict
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ossia.adapters.experts import ExpertsLora
 from ossia.adapters.linear import LinearLora
-from ossia.adapters.targets import Targets, find_targets
+from ossia.adapters.targets import find_targets
 from ossia.model.experts import Experts
 
 
@@ -42,24 +43,37 @@ def add_lora(
     """
     targets = find_targets(model, target_modules or ["all-linear"], target_experts)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=use_rslora, task_type="CAUSAL_LM")  # type: ignore[arg-type]
-    return inject(model, config, targets)
+    written = {"target_modules": targets.linear, "target_parameters": targets.parameters or None}
+    return inject(model, config, targets.linear + targets.modules, config.to_dict() | written)
 
 
 def inject(
-    model: PreTrainedModel | PeftModel, config: LoraConfig, targets: Targets, name: str = "default"
+    model: PreTrainedModel | PeftModel,
+    config: LoraConfig,
+    modules: list[str],
+    written: dict[str, Any],
+    name: str = "default",
 ) -> PeftModel:
-    """Put fresh adapters at `targets` of `model`, wrapping it if it has none yet; other settings come from `config`."""
-    config.target_modules = targets.linear + targets.modules
-    config.target_parameters = None
+    """Put fresh adapters on `model`, wrapping it if it has none yet.
+
+    Args:
+        model: with or without adapters.
+        config: rank, scale, dropout.
+        modules: linear layers and modules of experts, as PEFT's `target_modules`.
+        written: the `adapter_config.json` that `save_adapter` is to write for it.
+        name: PEFT's name of the adapter.
+    """
+    config.target_modules = modules
     config._register_custom_module({Experts: ExpertsLora, nn.Linear: LinearLora})
     with warnings.catch_warnings():
         # PEFT reports modules it has no sizes for (ours), and a base folder that has moved.
         warnings.filterwarnings("ignore", "Unsupported layer type|The PEFT config's `base_model")
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
-            return model
-        wrapped = get_peft_model(model, config, adapter_name=name)
-    wrapped.ossia_targets = targets  # type: ignore[assignment]
+            wrapped = model
+        else:
+            wrapped = get_peft_model(model, config, adapter_name=name)
+    wrapped.ossia_written = {**getattr(wrapped, "ossia_written", {}), name: written}  # type: ignore[assignment]
     return wrapped
 
 

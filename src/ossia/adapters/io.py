@@ -14,20 +14,20 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ossia.adapters.deltas import AdapterDeltas
 from ossia.adapters.experts import ExpertsLora
-from ossia.adapters.files import CONFIG, WEIGHTS, LoraSettings, read_settings, read_weights
+from ossia.adapters.files import CONFIG, WEIGHTS, read_weights
 from ossia.adapters.inject import inject
 from ossia.adapters.origin import KEY, fingerprint
-from ossia.adapters.targets import Targets
 from ossia.compat import save_tensors
 from ossia.console import counted
 from ossia.errors import OssiaError
 from ossia.model.experts import Experts
-from ossia.model.names import PROJECTIONS
+from ossia.model.names import PROJECTIONS, Projection
 
 _NEST = {"gate_up_proj": ".base_layer", "down_proj": ""}
 
@@ -66,10 +66,9 @@ def adapter_tensors(model: PeftModel, adapter: str = "default") -> dict[str, Ten
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, ExpertsLora) and adapter in module.r:
-            for projection in PROJECTIONS:
+            for projection, prefix in _held(name, module, adapter):
                 a_EIR = whole_tensor(getattr(module, f"lora_A_{projection}")[adapter])
                 b_ERO = whole_tensor(getattr(module, f"lora_B_{projection}")[adapter])
-                prefix = f"{name}{_NEST[projection]}"
                 tensors[f"{prefix}.lora_A.weight"] = a_EIR.transpose(1, 2).reshape(-1, a_EIR.shape[1])
                 tensors[f"{prefix}.lora_B.weight"] = b_ERO.permute(2, 1, 0).reshape(b_ERO.shape[2], -1)
         elif hasattr(module, "lora_A") and adapter in module.lora_A:
@@ -84,35 +83,58 @@ def whole_tensor(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """Wrap `model` with an adapter from disk, ours or stock PEFT's.
+def load_adapter(
+    model: PreTrainedModel, folder: Path, *, trainable: bool = False, dropout: float | None = None
+) -> PeftModel:
+    """Wrap `model` with an adapter from disk, ours or stock PEFT's; what `save_adapter` writes of it has the same
+    configuration.
 
     Raises:
-        OssiaError: damaged files, or an adapter of another base (shapes named).
+        OssiaError: damaged files, an adapter that is more than LoRA (see `ossia.adapters.fields`), or one of another
+            base (shapes named).
     """
-    return load_adapters(model, {"default": folder}, trainable=trainable)
+    return load_adapters(model, {"default": folder}, trainable=trainable, dropout=dropout)
 
 
-def load_adapters(model: PreTrainedModel, folders: dict[str, Path], *, trainable: bool = False) -> PeftModel:
+def load_adapters(
+    model: PreTrainedModel, folders: dict[str, Path], *, trainable: bool = False, dropout: float | None = None
+) -> PeftModel:
     """Wrap `model` with several adapters, of which the first is active; see `load_adapter`.
 
     Args:
         model: from `load_model`.
         folders: by PEFT's name of each adapter, which may have no dot.
         trainable: whether they are to be trained on.
+        dropout: share of their inputs zeroed then; default: each one's own.
     """
-    plans = []
-    for name, folder in folders.items():
-        settings = read_settings(folder)
-        try:
-            config = LoraConfig.from_pretrained(str(folder))
-        except (TypeError, ValueError) as error:
-            raise OssiaError(f"{folder / CONFIG}: not a LoRA configuration that peft reads ({error})") from error
-        config.inference_mode = not trainable
-        plans.append((name, config, _targets_on_disk(model, settings, folder)))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes[f"{name}.weight"] = module.out_features, module.in_features
+        elif isinstance(module, Experts):
+            shapes |= {f"{name}.{each}": (module.num_experts, *module.sizes[each]) for each in PROJECTIONS}
+    found = {name: AdapterDeltas(folder) for name, folder in folders.items()}
+    for deltas in found.values():
+        deltas.check(shapes, "this model")
     wrapped: Any = model
-    for name, config, targets in plans:
-        wrapped = inject(wrapped, config, targets, name)
+    for name, deltas in found.items():
+        settings, modules = deltas.settings, {key.rpartition(".")[0] for key in deltas.places}
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]
+            lora_dropout=settings.dropout if dropout is None else dropout,
+            use_rslora=settings.use_rslora,
+            rank_pattern=settings.rank_pattern,
+            alpha_pattern=settings.alpha_pattern,
+            task_type="CAUSAL_LM",
+            inference_mode=not trainable,
+        )
+        wrapped = inject(wrapped, config, sorted(modules), settings.values, name)
+        for key, module in wrapped.get_base_model().named_modules():
+            if isinstance(module, ExpertsLora) and name in module.r:
+                for each in PROJECTIONS:
+                    if f"{key}.{each}" not in deltas.places:
+                        module.leave_out(name, each)
         load_adapter_tensors(wrapped, folders[name], name)
     return wrapped.train(trainable)
 
@@ -134,8 +156,7 @@ def load_adapter_tensors(model: PeftModel, folder: Path, adapter: str = "default
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, ExpertsLora) and adapter in module.r:
-                for projection in PROJECTIONS:
-                    prefix = f"{name}{_NEST[projection]}"
+                for projection, prefix in _held(name, module, adapter):
                     a_EIR = getattr(module, f"lora_A_{projection}")[adapter]
                     b_ERO = getattr(module, f"lora_B_{projection}")[adapter]
                     count, _, rank = a_EIR.shape
@@ -146,31 +167,17 @@ def load_adapter_tensors(model: PeftModel, folder: Path, adapter: str = "default
                     getattr(module, side)[adapter].weight.copy_(tensors[f"{name}.{side}.weight"])
 
 
+def _held(name: str, module: ExpertsLora, adapter: str) -> list[tuple[Projection, str]]:
+    """Projections that an adapter is on, and what their tensors' names begin with."""
+    held = [each for each in PROJECTIONS if adapter in getattr(module, f"lora_A_{each}")]
+    return [(each, f"{name}{_NEST[each] if len(held) > 1 else ''}") for each in held]
+
+
 def _config_on_disk(model: PeftModel, base_model: str | None, adapter: str) -> dict[str, Any]:
-    targets: Targets = model.ossia_targets
-    values = model.peft_config[adapter].to_dict()
-    values["target_modules"] = targets.linear
-    values["target_parameters"] = targets.parameters or None
-    values["inference_mode"] = True
-    values["peft_type"], values["task_type"] = "LORA", "CAUSAL_LM"
-    if targets.parameters:
-        # PEFT refuses dropout beside target_parameters; it plays no part once training is over.
-        values["lora_dropout"] = 0.0
+    config: Any = model.peft_config[adapter]
+    values = {**model.ossia_written[adapter], "inference_mode": True, "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    # PEFT refuses dropout beside target_parameters; it plays no part once training is over.
+    values["lora_dropout"] = 0.0 if values.get("target_parameters") else config.lora_dropout
     if base_model is not None:
         values["base_model_name_or_path"] = base_model
     return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
-
-
-def _targets_on_disk(model: PreTrainedModel, settings: LoraSettings, folder: Path) -> Targets:
-    names = settings.target_parameters
-    experts = [name for name, module in model.named_modules() if isinstance(module, Experts)]
-    layers = set()
-    for index, expert in enumerate(experts):
-        hit = [p for p in PROJECTIONS if any(f"{expert}.{p}" == n or f"{expert}.{p}".endswith(f".{n}") for n in names)]
-        if hit and len(hit) < len(PROJECTIONS):
-            raise OssiaError(f"{folder}: this adapter has only {hit[0]} of the experts; both projections are needed")
-        if hit:
-            layers.add(index)
-    if names and not layers:
-        raise OssiaError(f"{folder}: this adapter adapts {names[0]}, which the model does not have")
-    return Targets(settings.target_modules, sorted(layers), bool(layers) and len(layers) == len(experts))

@@ -48,15 +48,17 @@ def origin_of(adapter: Path) -> str | None:
 
 
 def check_origin(adapter: Path, base: Path) -> None:
-    """OssiaError where an adapter's shapes are not those of `base`, or it was trained on other weights. Reads headers,
-    and some MB for the fingerprint."""
-    deltas, stored = AdapterDeltas(adapter), find_tensors(by_file(weight_files(base)))
-    for name in {_whole(name) for name in stored}:
-        if name.endswith(PROJECTIONS):
-            deltas.experts(name, expert_shape(stored.get(name), stored.get(f"{name}_scales")))
-        else:
-            deltas.linear(name, stored[name].shape)
-    deltas.check_all_used(base)
+    """OssiaError where an adapter does not fit `base`, or was trained on other weights. Reads headers, and some MB for
+    the fingerprint."""
+    stored = find_tensors(by_file(weight_files(base)))
+    shapes = {
+        name: expert_shape(stored.get(name), stored.get(f"{name}_scales"))
+        if name.endswith(PROJECTIONS)
+        else stored[name].shape
+        for name in {_whole(name) for name in stored}
+    }
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1 and not name.endswith("_bias")}
+    AdapterDeltas(adapter).check(matrices, str(base))
     origin = origin_of(adapter)
     if origin is not None and origin != fingerprint(base):
         named = read_json(adapter / CONFIG).get("base_model_name_or_path")

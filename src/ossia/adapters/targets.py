@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ossia.adapters.files import LoraSettings
-from ossia.errors import OssiaError, UsageError, nearest
+from ossia.errors import UsageError, nearest
 from ossia.model.folder import read_json, weight_files
 from ossia.model.names import PROJECTIONS
 
@@ -91,26 +89,6 @@ def match_targets(
     if names:
         _refuse_nothing(linear, adapted)
     return linear, adapted
-
-
-def named_targets(settings: LoraSettings, folder: Path) -> tuple[list[str], str]:
-    """The flags `--target_modules` and `--target_experts` that make an adapter of these settings.
-
-    Raises:
-        OssiaError: parameters that are no experts, or one projection of them alone.
-    """
-    layers: dict[str, set[str]] = {}
-    for name in settings.target_parameters:
-        place, _, projection = name.rpartition(".")
-        if projection not in PROJECTIONS:
-            raise OssiaError(f"{folder}: this adapter adapts {name}, which is no projection of experts")
-        number = re.search(r"layers\.(\d+)\.", place)
-        layers.setdefault(number[1] if number else "all", set()).add(projection)
-    for hit in layers.values():
-        if len(hit) < len(PROJECTIONS):
-            raise OssiaError(f"{folder}: this adapter has only {min(hit)} of the experts; both projections are needed")
-    experts = "all" if "all" in layers else ",".join(sorted(layers, key=int)) or "none"
-    return settings.target_modules or ["none"], experts
 
 
 def _refuse_nothing(linear: list[str], layers: list[int]) -> None:

@@ -169,9 +169,9 @@ class _Merge:
             elif name.endswith(_BIASES) and self._is_rounded(name.removesuffix("_bias")):
                 continue
             else:
-                yield self._plain(name, entry, self.deltas.linear(name, entry.shape), self.dtype)
+                yield self._plain(name, entry, self.deltas.delta(name, entry.shape), self.dtype)
                 continue
-            delta = self.deltas.experts(experts.name, experts.shape)
+            delta = self.deltas.delta(experts.name, experts.shape)
             if packed and half == "scales":
                 continue
             if self.dtype is not None:
@@ -186,7 +186,7 @@ class _Merge:
         if self.calibration is None:
             return False
         experts = self._experts(name)
-        return experts.dense is not None or self.deltas.experts(name, experts.shape) is not None
+        return experts.dense is not None or self.deltas.delta(name, experts.shape) is not None
 
     def _experts(self, name: str) -> _Experts:
         halves = (self.stored.get(f"{name}_{half}") for half in ("blocks", "scales"))
@@ -293,7 +293,7 @@ class _Merge:
             return self.calibration.given(module, self.device)
         first_product = self._experts(f"{module}.{PROJECTIONS[0]}")
         bias = self.stored[f"{first_product.name}_bias"]
-        delta = self.deltas.experts(first_product.name, first_product.shape)
+        delta = self.deltas.delta(first_product.name, first_product.shape)
         factors = delta.read(self.device) if delta else None
 
         def weights(first: int, last: int) -> tuple[Tensor, Tensor]:

@@ -265,7 +265,7 @@ def _is_plain(module: Any) -> bool:
     if module.merged:
         return False
     if isinstance(module, ExpertsLora):
-        return True
+        return all(map(module.pair, module.r))
     return isinstance(module, LinearLora) and not module.lora_variant and not any(module.lora_bias.values())
 
 
@@ -286,10 +286,12 @@ def _layer(module: Any, adapter: str | None) -> _Layer:
     linear = getattr(heads.o_proj, "base_layer", heads.o_proj)
     out = _adapted(linear.weight, linear.bias, [heads.o_proj], adapter)
     lora, pair, scale = module.mlp.experts, None, 1.0
-    if isinstance(lora, ExpertsLora) and adapter in lora.r:
-        sides = [[getattr(lora, f"lora_{side}_{name}")[adapter] for side in "AB"] for name in PROJECTIONS]
+    if adapter is not None and isinstance(lora, ExpertsLora) and adapter in lora.r:
+        found = lora.pair(adapter)
+        assert found is not None, "see `runs`"
+        sides, scale = found
         first, second = (Adapter(*(x.detach().to(out.weight.dtype).contiguous() for x in side)) for side in sides)
-        pair, scale = (first, second), lora.scaling[adapter]
+        pair = first, second
     return _Layer(module, qkv, out, _experts(module), pair, scale)
 
 

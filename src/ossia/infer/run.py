@@ -94,7 +94,7 @@ def template_of(config: InferConfig, system: bool = True) -> tuple[Path, Templat
         config: names and settings.
         system: whether the template puts the options' system text where messages have none.
     """
-    adapter = check_adapter(config.adapters[0]) if config.adapters else None
+    adapter = next(iter([check_adapter(name) for name in config.adapters]), None)
     if adapter:
         _settings_of_run(config, adapter)
     folder = resolve_model(config.model or base_model_of(adapter))  # type: ignore[arg-type]

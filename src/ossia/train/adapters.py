@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from ossia.adapters.combine import combine
-from ossia.adapters.files import check_adapter, read_settings
-from ossia.adapters.targets import named_targets
+from ossia.adapters.files import check_adapter
 from ossia.config import SftConfig
 from ossia.errors import UsageError
 from ossia.train.folder import CONFIG, run_of
+
+if TYPE_CHECKING:
+    from ossia.adapters.deltas import AdapterDeltas
 
 
 @contextmanager
@@ -42,20 +46,23 @@ def one_adapter(names: Sequence[str], weights: Sequence[float]) -> Iterator[Path
 
 
 def take_settings(config: SftConfig, adapter: Path) -> None:
-    """Put an adapter's rank, scale and targets into the options of the run that goes on training it.
+    """Put an adapter's rank, scale and targets into the options of the run that goes on training it: for the plan and
+    for people, since the adapter is loaded as its own configuration has it. The rank is the largest of any module.
 
     Raises:
         UsageError: another value was asked for.
         OssiaError: an adapter that is not trained here.
     """
-    settings = read_settings(adapter)
-    modules, experts = named_targets(settings, adapter)
+    from ossia.adapters.deltas import AdapterDeltas, linear_targets
+
+    deltas = AdapterDeltas(adapter)
+    settings = deltas.settings
     found = {
-        "lora_rank": settings.rank,
+        "lora_rank": max(place.rank for place in deltas.places.values()),
         "lora_alpha": settings.alpha,
         "use_rslora": settings.use_rslora,
-        "target_modules": modules,
-        "target_experts": experts,
+        "target_modules": linear_targets(deltas) or ["none"],
+        "target_experts": _expert_layers(deltas),
     }
     default = SftConfig()
     for name, value in found.items():
@@ -63,3 +70,12 @@ def take_settings(config: SftConfig, adapter: Path) -> None:
         if asked not in (getattr(default, name), value):
             raise UsageError(f"--{name} {asked}: the adapter in {adapter} has {value}; leave the flag out")
         setattr(config, name, value)
+
+
+def _expert_layers(deltas: AdapterDeltas) -> str:
+    """`--target_experts` of an adapter: all, none, or numbers of layers."""
+    layers = {int(number) for name, place in deltas.places.items() if place.on_experts
+              for number in re.findall(r"\.layers\.(\d+)\.", name)}  # fmt: skip
+    if any(re.search(r"layers\.\d+\.", end) for end in deltas.settings.target_parameters):
+        return ",".join(map(str, sorted(layers)))
+    return "all" if layers else "none"

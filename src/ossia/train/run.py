@@ -81,20 +81,21 @@ def run(config: SftConfig) -> SftResult | None:
         say(f"starting {processes} processes" + (f" on each of {nodes} machines" if nodes > 1 else ""))
         launch(processes)
         return None
-    goes_on = config.resume_from_checkpoint or (config.resume and config.resume != "auto")
-    starts = config.adapters and not goes_on
+    # A checkpoint has all that is needed; a run without one begins again, with its adapter.
+    start = find_start(config) if _goes_on(config) else None
+    starts = config.adapters and not (start and start.checkpoint)
     with one_adapter(config.adapters, config.adapter_weights) if starts else nullcontext() as adapter:
-        return _run(config, folder, adapter, began)
+        return _run(config, folder, adapter, start, began)
 
 
-def _run(config: SftConfig, folder: Path, adapter: Path | None, began: float) -> SftResult | None:
+def _run(config: SftConfig, folder: Path, adapter: Path | None, start: Start | None, began: float) -> SftResult | None:
     if adapter is not None:
         from ossia.adapters.origin import check_origin
 
         take_settings(config, adapter)
         check_origin(adapter, folder)
     targets = check_targets(folder, config.target_modules, config.target_experts)
-    start = find_start(config)
+    start = start or find_start(config)
     template = template_from(load_tokenizer(folder), config)
     rows, held = read_rows(config, template)
     if config.dry_run:
@@ -114,10 +115,17 @@ def _run(config: SftConfig, folder: Path, adapter: Path | None, began: float) ->
         return _train(*parts)
 
 
+def _goes_on(config: SftConfig) -> bool:
+    """Whether a run or a checkpoint is named to go on from."""
+    return bool(config.resume_from_checkpoint or (config.resume and config.resume != "auto"))
+
+
 def _check(config: SftConfig) -> None:
     """What can be known to be wrong from the flags and the files' names."""
-    if config.model is None and config.adapters:
-        config.model = base_model_of(check_adapter(config.adapters[0]))
+    if config.model is None or not _goes_on(config):
+        folders = [check_adapter(name) for name in config.adapters]
+        if config.model is None and folders:
+            config.model = base_model_of(folders[0])
     if config.model is None:
         raise UsageError("give --model DIR, or a hub id such as openai/gpt-oss-20b")
     if not config.dataset:
@@ -251,7 +259,7 @@ def _train(
     from transformers import set_seed
 
     from ossia.adapters.inject import add_lora, base_parameters, coverage_lines
-    from ossia.adapters.io import load_adapter_tensors
+    from ossia.adapters.io import load_adapter, load_adapter_tensors
     from ossia.model.load import load_model, path_lines, pick_device, pick_dtype
     from ossia.track import Status, make_trackers
     from ossia.train.callbacks import INTERRUPT, LinesCallback, StopCallback, TrackCallback
@@ -276,19 +284,23 @@ def _train(
     )
     say(f"model: {config.model} ({type(model).__name__}, {str(dtype)[6:]} on {device}, {template.name} template)")
     total = base_parameters(model)
-    wrapped = add_lora(
-        model,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        target_modules=config.target_modules,
-        target_experts=config.target_experts,
-    )
-    if start.checkpoint is not None:
-        load_adapter_tensors(wrapped, start.checkpoint)
-    elif adapter is not None:
-        load_adapter_tensors(wrapped, adapter)
+    # A run that began with an adapter has that one's configuration in its checkpoints, which flags cannot say in full.
+    source = start.checkpoint if config.adapters and start.checkpoint else adapter
+    if source is not None:
+        wrapped = load_adapter(model, source, trainable=True, dropout=config.lora_dropout)
+    else:
+        wrapped = add_lora(
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            target_modules=config.target_modules,
+            target_experts=config.target_experts,
+        )
+        if start.checkpoint is not None:
+            load_adapter_tensors(wrapped, start.checkpoint)
+    if adapter is not None and start.checkpoint is None:
         say(f"going on from {' and '.join(config.adapters)} (rank {config.lora_rank}, alpha {config.lora_alpha:g})")
     if plan is not None:
         apply_plan(wrapped, plan, config.lora_dropout > 0)
