@@ -38,7 +38,13 @@ def at(hub, tmp_path):
 def adapter_at(folder, base, size=8):
     """A checkpoint as a run leaves it, with two megabytes and more where `size` is large."""
     folder.mkdir(parents=True)
-    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "base_model_name_or_path": str(base)}
+    config = {
+        "peft_type": "LORA",
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": ["a"],
+        "base_model_name_or_path": str(base),
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file({"a": torch.rand(size, 1024)}, folder / "adapter_model.safetensors")
     (folder / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(folder), "pad_token": "x"}))

@@ -23,10 +23,13 @@ from ossia.adapters.fields import FIELDS, STARTS, check_fields
 from ossia.adapters.files import CONFIG, WEIGHTS, base_model_of, check_adapter
 from ossia.adapters.io import load_adapter, load_adapters, save_adapter
 from ossia.adapters.origin import check_origin
+from ossia.cli import main
 from ossia.errors import OssiaError, UsageError
 from ossia.export.merge import merge
 from ossia.model.load import load_model
+from ossia.track.files import note
 
+ROOT = Path(__file__).parents[2]
 QV = ["q_proj", "v_proj"]
 EXPERTS = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
 LOADS: dict[str, dict[str, Any]] = {
@@ -142,6 +145,20 @@ def test_every_field_of_peft_is_in_the_table():
     assert fields == FIELDS.keys(), "a field of PEFT that nobody has decided on, or one that is gone"
     assert {name for name, rule in FIELDS.items() if rule.allowed is not None} == SET.keys()
     check_fields(LoraConfig(**options()).to_dict() | {"peft_type": "LORA"}, Path(CONFIG))
+
+
+def test_the_docs_have_the_table():
+    rows = [line for line in (ROOT / "docs" / "adapters.md").read_text().splitlines() if line.startswith("| `")]
+    wanted = []
+    for name, rule in FIELDS.items():
+        is_taken = rule.allowed is None
+        fine = "any value" if is_taken else ", ".join(json.dumps(each) for each in rule.allowed)
+        wanted.append(f"| `{name}` | {fine} | {rule.says}{'' if is_taken else f'; else: {rule.instead}'} |")
+        if name == "init_lora_weights":
+            wanted += [
+                f"| `{name}: {start}` | refused | {each.says}; {each.instead} |" for start, each in STARTS.items()
+            ]
+    assert [row for row in wanted if row not in rows] == []
 
 
 @pytest.mark.parametrize("kind", [*LOADS, *ON_EXPERTS])
@@ -373,31 +390,40 @@ COMMANDS = {
     "sum": ["infer", "--adapters", "PLAIN"],
     "serve": ["serve", "--port", 0, "--adapters", "PLAIN"],
     "sft": ["sft", "--dataset", "ROWS", "--output_dir", "OUT/run", "--adapters"],
-    "plan": ["plan", "--dataset", "ROWS", "--adapters"],
     "verify": ["verify", "ADAPTER", "BASE"],
     **{f"export {each}": ["export", "--merge_lora", "true", "--format", each, "--output_dir", "OUT/merged", "--adapters"]
        for each in ("bf16", "mxfp4", "gguf")},
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def foreign(raw, tiny_gpt_oss, tmp_path_factory):
+    """One that its configuration gives away, and one that its tensors do."""
+    folder = tmp_path_factory.mktemp("foreign")
+    return {
+        'init_lora_weights is "pissa": this start moves': saved(
+            trained(raw, init_lora_weights="pissa"), folder / "pissa", tiny_gpt_oss
+        ),
+        "a change of the head, which is not computed here; merge it with PEFT": saved(
+            trained(raw, target_modules=["lm_head"]), folder / "head", tiny_gpt_oss
+        ),
+    }
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_refuses_before_a_model_loads(ossia, raw, plain, tiny_gpt_oss, rows, tmp_path, command):
-    names = {"ROWS": str(rows), "OUT": str(tmp_path), "PLAIN": str(plain), "BASE": str(tiny_gpt_oss)}
-
-    def words(adapter):
-        known = names | {"ADAPTER": str(adapter)}
-        named = [re.sub("|".join(known), lambda found: known[found[0]], str(word)) for word in COMMANDS[command]]
-        return named if "ADAPTER" in COMMANDS[command] else [*named, adapter, "--model", tiny_gpt_oss]
-
-    pissa = saved(trained(raw, init_lora_weights="pissa"), tmp_path / "pissa", tiny_gpt_oss)
-    said = ossia.fails(1, *words(pissa))
-    assert 'init_lora_weights is "pissa": this start moves' in said
-    assert len(said.splitlines()) == 1 or command == "plan"
-    if command != "plan":
-        head = saved(trained(raw, target_modules=["lm_head"]), tmp_path / "head", tiny_gpt_oss)
-        said = ossia.fails(1, *words(head))
-        assert "a change of the head, which is not computed here; merge it with PEFT" in said
-    assert not any((tmp_path / name).exists() for name in ("run", "merged", "answers.jsonl"))
+def test_every_command_refuses_before_a_model_loads(
+    foreign, plain, tiny_gpt_oss, rows, tmp_path, capsys, monkeypatch, command
+):
+    monkeypatch.setattr("ossia.model.load.load_model", lambda *args, **options: pytest.fail("a model was loaded"))
+    known = {"ROWS": str(rows), "OUT": str(tmp_path), "PLAIN": str(plain), "BASE": str(tiny_gpt_oss)}
+    for message, adapter in foreign.items():
+        known["ADAPTER"] = str(adapter)
+        words = [re.sub("|".join(known), lambda found: known[found[0]], str(word)) for word in COMMANDS[command]]
+        if "ADAPTER" not in COMMANDS[command]:
+            words += [str(adapter), "--model", str(tiny_gpt_oss)]
+        assert main(words) == 1
+        assert re.search(rf"error: {adapter}/.*{message}", capsys.readouterr().err)
+    assert not {"run", "merged", "answers.jsonl"} & {each.name for each in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("on_experts", [False, True])
@@ -410,7 +436,13 @@ def test_training_goes_on_from_what_flags_cannot_say(ossia, raw, tiny_gpt_oss, r
     assert "(rank 6, alpha 9)" in ossia.ok("sft", *flags, "--output_dir", run, "--adapters", start, "--max_steps", 1)
     more = ["--resume_from_checkpoint", run / "checkpoint-1", "--output_dir", tmp_path / "more", "--max_steps", 2]
     ossia.ok("sft", "--config", run / "config.yaml", *more)
-    for saved_here in (run / "checkpoint-1", tmp_path / "more" / "checkpoint-2"):
+    # A run that was stopped before its first checkpoint begins with the adapter again.
+    shutil.copytree(run, tmp_path / "again", ignore=shutil.ignore_patterns("checkpoint-*", "last", "best"))
+    note(tmp_path / "again", status="running")
+    options_there = (run / "config.yaml").read_text().replace(str(run), str(tmp_path / "again"))
+    (tmp_path / "again" / "config.yaml").write_text(options_there)
+    ossia.ok("sft", "--config", tmp_path / "again" / "config.yaml", "--resume", tmp_path / "again")
+    for saved_here in (run / "checkpoint-1", tmp_path / "again" / "checkpoint-1", tmp_path / "more" / "checkpoint-2"):
         before, after = (json.loads((each / CONFIG).read_text()) for each in (start, saved_here))
         assert {key for key in before | after if before.get(key) != after.get(key)} <= {"inference_mode"}
         was, now = (load_file(each / WEIGHTS) for each in (start, saved_here))
