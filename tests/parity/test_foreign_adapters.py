@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from ossia.adapters.combine import combine
 from ossia.adapters.deltas import AdapterDeltas
+from ossia.adapters.experts import ExpertsLora
 from ossia.adapters.fields import FIELDS, STARTS, check_fields
 from ossia.adapters.files import CONFIG, WEIGHTS, base_model_of, check_adapter
 from ossia.adapters.io import load_adapter, load_adapters, save_adapter
@@ -27,6 +28,7 @@ from ossia.cli import main
 from ossia.errors import OssiaError, UsageError
 from ossia.export.merge import merge
 from ossia.model.load import load_model
+from ossia.model.names import PROJECTIONS
 from ossia.track.files import note
 
 ROOT = Path(__file__).parents[2]
@@ -374,6 +376,24 @@ def test_other_models_too(tiny_llama, ids, tmp_path, given):
     assert apart(logits(loaded, ids), logits(stock, ids)) < 1e-5
     merged = merge(tiny_llama, folder, tmp_path / "merged", torch.float32, 10**9)
     assert apart(logits(load_model(merged), ids), logits(stock, ids)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ON_EXPERTS)
+def test_the_fused_pair_of_experts_is_the_same_change(raw, tiny_gpt_oss, tmp_path, kind):
+    folder = saved(trained(raw, **ON_EXPERTS[kind]), tmp_path / "stock", tiny_gpt_oss)
+    found, places = 0, AdapterDeltas(folder).places
+    for name, module in load_adapter(load_model(tiny_gpt_oss), folder).get_base_model().named_modules():
+        if isinstance(module, ExpertsLora):
+            *sides, scale = module.pair("default")
+            assert len({side.a_EIr.shape[2] for side in sides} | {side.b_ErO.shape[1] for side in sides}) == 1
+            for projection, side in zip(PROJECTIONS, sides, strict=True):
+                change = side.a_EIr @ side.b_ErO * scale
+                if f"{name}.{projection}" in places:
+                    found += 1
+                    torch.testing.assert_close(change, module.get_delta(projection, "default"))
+                else:
+                    assert not change.any()
+    assert found == sum(place.on_experts for place in places.values()) > 0
 
 
 def test_places_have_their_own_ranks_and_scales(raw, tiny_gpt_oss, tmp_path):

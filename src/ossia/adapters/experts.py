@@ -74,15 +74,26 @@ class ExpertsLora(nn.Module, LoraLayer):
         for side in "AB":
             del getattr(self, f"lora_{side}_{projection}")[adapter]
 
-    def pair(self, adapter: str) -> tuple[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], float] | None:
-        """A and B of both projections and their scale; None where rank or scale differ, or one has no adapter."""
-        if any(adapter not in getattr(self, f"lora_A_{name}") for name in PROJECTIONS):
-            return None
-        first, second = (
-            (getattr(self, f"lora_A_{name}")[adapter], getattr(self, f"lora_B_{name}")[adapter]) for name in PROJECTIONS
-        )
-        scale, other = (self._scales[adapter, name] for name in PROJECTIONS)
-        return ((first, second), scale) if scale == other and first[0].shape[2] == second[0].shape[2] else None
+    def pair(self, adapter: str) -> tuple[Adapter, Adapter, float]:
+        """An adapter of both projections with one rank and one scale, as the fused path takes it: a smaller rank, and a
+        projection without adapter, are filled up with zeros; another scale goes into B."""
+        held = [name for name in PROJECTIONS if adapter in getattr(self, f"lora_A_{name}")]
+        like, scale = getattr(self, f"lora_A_{held[0]}")[adapter], self._scales[adapter, held[0]]
+        rank = max(getattr(self, f"lora_A_{name}")[adapter].shape[2] for name in held)
+        sides = []
+        for name in PROJECTIONS:
+            if name not in held:
+                inputs, outputs = cast(Experts, self.get_base_layer()).sizes[name]
+                shapes = (len(like), inputs, rank), (len(like), rank, outputs)
+                sides.append(Adapter(*(like.new_zeros(shape) for shape in shapes)))
+                continue
+            a_EIr, b_ErO = (getattr(self, f"lora_{side}_{name}")[adapter] for side in "AB")
+            if more := rank - a_EIr.shape[2]:
+                a_EIr, b_ErO = F.pad(a_EIr, (0, more)), F.pad(b_ErO, (0, 0, 0, more))
+            if (own := self._scales[adapter, name]) != scale:
+                b_ErO = b_ErO * (own / scale)
+            sides.append(Adapter(a_EIr, b_ErO))
+        return sides[0], sides[1], scale
 
     def forward(
         self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, residual_TH: Tensor | None = None
@@ -91,10 +102,9 @@ class ExpertsLora(nn.Module, LoraLayer):
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.r]
         if not active:
             return self.base_layer(hidden_TH, index_TK, weight_TK, residual_TH)
-        if fuses(hidden_TH) and len(active) == 1 and not self._drops(active[0]) and (found := self.pair(active[0])):
-            (first, second), scale = found
-            pair = (Adapter(*first), Adapter(*second))
-            return self.base_layer(hidden_TH, index_TK, weight_TK, residual_TH, adapters=pair, scale=scale)
+        if fuses(hidden_TH) and len(active) == 1 and not self._drops(active[0]):
+            *pair, scale = self.pair(active[0])
+            return self.base_layer(hidden_TH, index_TK, weight_TK, residual_TH, adapters=tuple(pair), scale=scale)
         return self.base_layer(hidden_TH, index_TK, weight_TK, residual_TH, self._delta)
 
     def _drops(self, adapter: str) -> bool:

@@ -265,7 +265,7 @@ def _is_plain(module: Any) -> bool:
     if module.merged:
         return False
     if isinstance(module, ExpertsLora):
-        return all(map(module.pair, module.r))
+        return True
     return isinstance(module, LinearLora) and not module.lora_variant and not any(module.lora_bias.values())
 
 
@@ -287,9 +287,7 @@ def _layer(module: Any, adapter: str | None) -> _Layer:
     out = _adapted(linear.weight, linear.bias, [heads.o_proj], adapter)
     lora, pair, scale = module.mlp.experts, None, 1.0
     if adapter is not None and isinstance(lora, ExpertsLora) and adapter in lora.r:
-        found = lora.pair(adapter)
-        assert found is not None, "see `runs`"
-        sides, scale = found
+        *sides, scale = lora.pair(adapter)
         first, second = (Adapter(*(x.detach().to(out.weight.dtype).contiguous() for x in side)) for side in sides)
         pair = first, second
     return _Layer(module, qkv, out, _experts(module), pair, scale)

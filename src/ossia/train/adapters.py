@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ossia.adapters.combine import combine
-from ossia.adapters.files import check_adapter
+from ossia.adapters.files import check_adapter, read_settings
 from ossia.config import SftConfig
 from ossia.errors import UsageError
 from ossia.train.folder import CONFIG, run_of
@@ -70,6 +70,16 @@ def take_settings(config: SftConfig, adapter: Path) -> None:
         if asked not in (getattr(default, name), value):
             raise UsageError(f"--{name} {asked}: the adapter in {adapter} has {value}; leave the flag out")
         setattr(config, name, value)
+
+
+def check_scale(config: SftConfig, checkpoint: Path) -> None:
+    """UsageError where a checkpoint's adapter is scaled otherwise than the options say."""
+    settings = read_settings(checkpoint)
+    there, here = (settings.alpha, settings.use_rslora), (config.lora_alpha, config.use_rslora)
+    if there != here:
+        raise UsageError(
+            f"{checkpoint} was trained with --lora_alpha {there[0]:g} --use_rslora {str(there[1]).lower()}; give these"
+        )
 
 
 def _expert_layers(deltas: AdapterDeltas) -> str:

@@ -31,7 +31,7 @@ from ossia.track import read_metrics
 from ossia.track.files import RUN, facts_of, note
 from ossia.track.jsonl import METRICS
 from ossia.track.lock import hold
-from ossia.train.adapters import one_adapter, take_settings
+from ossia.train.adapters import check_scale, one_adapter, take_settings
 from ossia.train.checkpoint import checkpoints
 from ossia.train.deterministic import before_cuda, deterministic
 from ossia.train.folder import new_run_folder, save_options
@@ -94,8 +94,11 @@ def _run(config: SftConfig, folder: Path, adapter: Path | None, start: Start | N
 
         take_settings(config, adapter)
         check_origin(adapter, folder)
-    targets = check_targets(folder, config.target_modules, config.target_experts)
     start = start or find_start(config)
+    if start.checkpoint is not None:
+        # A run that began with an adapter has that one's configuration in its checkpoints.
+        (take_settings if config.adapters else check_scale)(config, start.checkpoint)
+    targets = check_targets(folder, config.target_modules, config.target_experts)
     template = template_from(load_tokenizer(folder), config)
     rows, held = read_rows(config, template)
     if config.dry_run:
