@@ -396,6 +396,32 @@ def test_the_fused_pair_of_experts_is_the_same_change(raw, tiny_gpt_oss, tmp_pat
     assert found == sum(place.on_experts for place in places.values()) > 0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", ON_EXPERTS)
+def test_fused_experts_compute_and_train_the_same(tiny_gpt_oss, tmp_path, monkeypatch, kind):
+    folder = saved(trained(stock_base(tiny_gpt_oss).cpu(), **ON_EXPERTS[kind]), tmp_path / "stock", tiny_gpt_oss)
+    model = load_adapter(load_model(tiny_gpt_oss, torch_dtype="bfloat16", device="cuda"), folder, trainable=True)
+    chance = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 64, generator=chance).bfloat16().cuda()
+    index = torch.stack([torch.randperm(4, generator=chance)[:2] for _ in hidden]).cuda()
+    weight = torch.rand(37, 2, generator=chance).cuda()
+    for _, module in model.named_modules():
+        if not isinstance(module, ExpertsLora):
+            continue
+        found = []
+        for fuses in (True, False):
+            with monkeypatch.context() as patched:
+                for where in () if fuses else ("ossia.adapters.experts", "ossia.model.experts"):
+                    patched.setattr(f"{where}.fuses", lambda rows: False)
+                module.zero_grad()
+                out = module(hidden, index, weight)
+                out.float().square().sum().backward()
+            found.append([out.detach(), *(p.grad for p in module.parameters() if p.requires_grad)])
+        assert len(found[0]) > 2
+        for got, want in zip(*found, strict=True):
+            assert apart(got.float(), want.float()) < 2e-2
+
+
 def test_places_have_their_own_ranks_and_scales(raw, tiny_gpt_oss, tmp_path):
     folder = saved(trained(raw, **ON_EXPERTS["experts with patterns"]), tmp_path / "stock", tiny_gpt_oss)
     places = AdapterDeltas(folder).places
