@@ -457,6 +457,14 @@ def test_think_tags_that_are_not_read_are_noted(answer, noted):
 
 
 @pytest.mark.parametrize(
+    "text", ['<tool_call>\n{"name": "f"}\n</tool_call>', '<functioncall> {"name": "f"}', '<function_call name="f">']
+)
+def test_calls_written_as_text_are_noted(text):
+    assert read({"question": "q", "answer": text}).notes == {"call_tags"}
+    assert read({"question": text, "answer": "a"}).notes == set()
+
+
+@pytest.mark.parametrize(
     "text", ["12<|im_end|>", "[INST] q [/INST] a", "<|endoftext|>", "<start_of_turn>user", "a</s>"]
 )
 def test_control_tokens_of_other_formats_are_noted(text):

@@ -23,6 +23,9 @@ ALSO = names.SYSTEM
 _TEXT_WITHOUT_TYPE = ("text", "value")
 _TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning|reflection)>")
 _THOUGHT = re.compile(r"\s*(?:<think>)?(?:(?!</?think>).)*</think>", re.DOTALL)
+_CALL_TAGS = re.compile(
+    r"<(?:tool_calls?|function_calls?|functioncall|tool_response|invoke)\b[^>]*>|<\|(?:python_tag|tool▁call)"
+)
 _CONTROL = re.compile(
     r"<\|(?:im_start|im_end|im_sep|eot_id|start_header_id|end_header_id|begin_of_text|end_of_text|endoftext|eom_id"
     r"|start|end|message|channel|return|call|constrain|user|assistant|system|observation)\|>"
@@ -74,6 +77,8 @@ def answer(said: str, thinking: str | None, place: Place, loss: float | None = N
         thought = None if thinking else _THOUGHT.match(said)
         if _TAGS.search(said, thought.end() if thought else 0):
             place.note("think_tags")
+    if "<" in said and _CALL_TAGS.search(said):
+        place.note("call_tags")
     note_control_text(said, place)
     return [Message("assistant", said, thinking, loss=loss)]
 

@@ -18,6 +18,7 @@ NOTES = {
     "bad_schema": "schemas of tools that are no valid JSON schema",
     "odd_parameters": "parameters of a tool that are no JSON schema of an object: the model sees `any`",
     "think_tags": "reasoning tags left in answers (not closed, doubled, in mid-text, or other than <think>)",
+    "call_tags": "calls written as text in answers (<tool_call>, <function_call> …), which are trained as text",
     "control_text": "control tokens of a chat format inside answers or texts, trained as letters",
     "harmony_settings": "harmony texts with their own date, identity or cutoff, which the template's replace",
     "encrypted": "encrypted reasoning, which cannot be read",
