@@ -21,7 +21,7 @@ class UsageError(OssiaError):
     exit_code = 2
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the closest known word, or `""` where none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`"; did you mean 'x'?"` for the closest known word, or `""` where none is as close as `cutoff` (1: the same)."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean '{close[0]}'?" if close else ""

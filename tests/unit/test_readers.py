@@ -80,12 +80,17 @@ def test_a_list_is_read_through_a_window_of_any_size(tmp_path, monkeypatch, size
         ("a.json", b'[{"a": 1}', 1, ":1: broken JSON"),
         ("a.json", b"[1] 2", 1, "text after the list"),
         ("a.json", b"[" * 100_000, 0, "nested too deeply"),
+        ("a.json", b'[{"a": 1}, {"a": 1, "a": 2}]', 1, "the key 'a' stands in one object twice"),
+        ("a.jsonl", b'{"a": 1}\n{"b": {"a": 1, "a": 2}}\n', 1, ":2: not readable as JSON (the key 'a' stands in one"),
+        ("a.csv", b"a,b\n1,2\ncaf\xe9,3\n", 0, "it may be cp1252: iconv"),
+        ("a.csv", b"a;b\nhi, you;yo; x\n", 0, ":2: 3 cells under 2 columns; quote cells with semicolons"),
+        ("a.csv", b'a\tb\n"hi" he said\tyo\n', 0, "not CSV ('\\t' expected after"),
         ("a.json", b"[" + b"1" * 5000 + b"]", 0, "not readable"),
         ("a.json", b'["\xff"]', 0, "not UTF-8"),
         ("a.jsonl", b'{"a": \n', 0, ":1: broken JSON at character"),
         ("a.jsonl", b'{"a": 1}\n\xff\xfe\n', 1, ":2: not UTF-8 (byte 0"),
         ("a.jsonl", b"[" * 100_000, 0, ":1: nested too deeply"),
-        ("a.csv", b"a,b\n1,2\n3\n", 1, ":3: 1 cells under 2 columns"),
+        ("a.csv", b"a,b\n1,2\n3\n", 1, ":3: 1 cells under 2 columns; write every cell"),
         ("a.csv", b"a,a\n1,2\n", 0, ":1: the first line must name every column"),
         ("a.csv", b'a,b\n1,2\n"3', 1, ":3: not CSV"),
         ("a.csv", b"a,b\n1,\xff\n", 0, "not UTF-8"),
@@ -188,3 +193,12 @@ def test_other_encodings_are_one_error_with_the_way_out(tmp_path, name, encoding
     ((reason, _),) = values(path)
     assert "not UTF-8 from line" in reason
     assert f"it may be {encoding}: iconv -f {encoding} -t utf-8 FILE > NEW" in reason
+
+
+def test_csv_of_pandas_and_of_excel(tmp_path):
+    indexed = write(tmp_path / "a.csv", b",question,answer\n0,q,a\n1,r,b\n")
+    assert values(indexed)[0][0] == {"__index_level_0__": "0", "question": "q", "answer": "a"}
+    assert values(write(tmp_path / "b.csv", b"sep=;\r\nquestion;answer\r\nq, r;a\r\n"))[0][0] == {
+        "question": "q, r",
+        "answer": "a",
+    }

@@ -84,7 +84,7 @@ def test_repeats_placeholders_long_untrained_and_blank_reasoning(report):
     assert found.duplicates.first[0].endswith("a.jsonl:2")
     assert found.placeholders.count == 2
     assert found.placeholder_names == {"name": 2, "team": 2}
-    assert (found.too_long.count, found.untrained.count, found.empty_reasoning.count) == (1, 1, 2)
+    assert (found.too_long.count, found.untrained.count, found.notes["empty_reasoning"].count) == (1, 1, 2)
     assert found.usable == found.rows - 2
 
 

@@ -389,13 +389,13 @@ UNUSED = [
     ({"messages": [{**ASK, "content": [{"type": "text", "text": "q", "cache": 1}]}, {"role": "assistant", "content": "a"}]}, "messages[].content[].cache", ""),
     ({"messages": [ASK, {"role": "assistant", "tool_calls": [{**call(), "argumnets": 1}]}], "tools": [LAMP]}, "messages[].tool_calls[].argumnets", "arguments"),
     ({"messages": [ASK, {"role": "assistant", "tool_calls": [{"function": {"name": "lamp", "arguments": {}, "why": 1}}]}], "tools": [LAMP]}, "messages[].tool_calls[].function.why", ""),
-    ({"messages": [ASK, {"role": "assistant", "content": "a"}], "tools": [{**LAMP, "returns": {}}]}, "tools[].returns", ""),
-    ({"messages": [ASK, {"role": "assistant", "content": "a"}], "tools": [{"function": {"name": "f", "paramters": {}}}]}, "tools[].function.paramters", "parameters"),
+    ({"messages": [ASK, {"role": "assistant", "content": "a"}], "tools": [{**LAMP, "returns": {"a": 1}}]}, "tools[].returns", ""),
+    ({"messages": [ASK, {"role": "assistant", "content": "a"}], "tools": [{"function": {"name": "f", "paramters": {"a": 1}}}]}, "tools[].function.paramters", "parameters"),
     ({"conversations": [{"from": "human", "value": "q", "mood": 1}, {"from": "gpt", "value": "a"}]}, "conversations[].mood", ""),
     ({"instruction": "q", "output": "a", "sytem": "s"}, "sytem", "system"),
     ({"question": "q", "answer": "a", "thinkng": "s"}, "thinkng", "thinking"),
     ({"chosen": [ASK, {"role": "assistant", "content": "a", "score": 3}], "rejected": [ASK, {"role": "assistant", "content": "b"}]}, "chosen[].score", ""),
-    ({"text": "t", "meta": {}}, "meta", ""),
+    ({"text": "t", "meta": {"a": 1}}, "meta", ""),
 ]  # fmt: skip
 
 
@@ -471,6 +471,163 @@ def test_control_tokens_of_other_formats_are_noted(text):
     assert read({"text": text}).notes == {"control_text"}
     assert read({"question": "q", "answer": text}).notes == {"control_text"}
     assert read({"question": text, "answer": "a"}).notes == set(), "a user may write what they like"
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"problem": "q", "answer": "2", "solution": "It is 2."}, r"answer and solution mean the same and differ; keep one \(--columns '{\"solution\": \"unused\"}'"),
+        ({"instruction": "q", "output": "a", "response": "b"}, "output and response"),
+        ({"question": "q", "answer": "a", "response": "b"}, "response and answer"),
+        ({"prompt": "p", "input": "i", "output": "o"}, "prompt and input"),
+        ({"instruction": "q", "input": "i", "context": "c", "output": "a"}, "input and context"),
+        ({"messages": [ASK, {"role": "assistant", "content": "a"}], "tools": [LAMP], "functions": [{"name": "f"}]}, "tools and functions"),
+        ({"prompt": [ASK, {"role": "assistant", "content": "Sure, "}], "completion": "here"}, "prompt ends with an answer"),
+        ({"query": ["q", "r"], "response": ["a", "b"]}, "query is a list, but not of messages"),
+        ({"question": "q", "answer": ["4"]}, "answer is a list, but not of messages"),
+        ({"messages": None}, "messages is null"),
+        ({"messages": [{"content": "q"}]}, r"messages\[0\]: no role"),
+        ({"version": "1", "data": [{"question": "q"}]}, "a list of objects under 'data'"),
+        ({"messages": [ASK], "tools": "get_weather, get_time"}, r"tools\[0\] is 'get_weather'; it takes an object"),
+        ({"messages": [ASK], "builtin_tools": ["calculator"]}, r"builtin_tools\[0\] is 'calculator'; it takes .* browser or python"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_told_is_refused_with_the_fix(row, what):
+    with pytest.raises(BadRow, match=what):
+        read(row)
+
+
+@pytest.mark.parametrize(
+    ("answer", "note"),
+    [
+        ('[{"name": "lamp", "arguments": {"on": true}}]', "call_tags"),
+        ('{"name": "lamp", "arguments": {"on": true}}', "call_tags"),
+        ("analysisUser greets. We answer.assistantfinalHello!", "flat_harmony"),
+        ("<|begin_of_thought|>hm<|end_of_thought|><|begin_of_solution|>a<|end_of_solution|>", "think_tags"),
+        ("<think></think>a", "empty_reasoning"),
+        ("NaN", "nothing"),
+        ("None", "nothing"),
+        ("Analysis of the assistant's final answer.", None),
+        ('{"name": "fan", "arguments": {}}', None),
+        ('{"lamp": 1}', None),
+        ("Nancy", None),
+    ],
+)
+def test_answers_that_hold_something_else_are_noted(answer, note):
+    found = read({"question": "q", "answer": answer, "tools": [LAMP]})
+    assert found.notes == ({note} if note else set())
+
+
+def test_reasoning_and_arguments_are_looked_at_too():
+    assert answered(thinking="<think>why</think>").thinking == "why"
+    assert read({"question": "q", "answer": "a", "cot": "a <think>b"}).notes == {"think_tags"}
+    assert read({"question": "q", "answer": "a", "cot": "a <|im_end|>"}).notes == {"control_text"}
+    turns = [ASK, {"role": "assistant", "tool_calls": [call(arguments='{"on": "<|call|>"}')]}]
+    assert read({"messages": turns, "tools": [LAMP]}).notes == {"control_text"}
+
+
+@pytest.mark.parametrize(
+    ("results", "notes"),
+    [
+        ([{"tool_call_id": "1"}, {"tool_call_id": "2"}], set()),
+        ([{"tool_call_id": "2"}, {"tool_call_id": "1"}], set()),
+        ([{}, {}], set()),
+        ([{"tool_call_id": "1"}, {"tool_call_id": "X"}], {"orphan_result"}),
+        ([{"tool_call_id": "1"}, {"tool_call_id": "1"}], {"orphan_result", "unanswered"}),
+        ([{"tool_call_id": "1", "name": "fan"}, {"tool_call_id": "2"}], {"orphan_result"}),
+        ([{"tool_call_id": "1"}], {"unanswered"}),
+        ([], {"unanswered"}),
+    ],
+)
+@pytest.mark.parametrize("after", [ASK, {"role": "assistant", "content": "a"}])
+def test_results_and_calls_that_do_not_meet_are_noted(results, notes, after):
+    fan = {"type": "function", "function": {"name": "fan"}}
+    turns = [ASK, {"role": "assistant", "tool_calls": [call(id="1"), call("fan", "{}", id="2")]}]
+    turns += [{"role": "tool", "content": "r", **result} for result in results]
+    found = read({"messages": [*turns, after], "tools": [LAMP, fan]})
+    assert found.notes == notes
+    assert read({"messages": turns[:2], "tools": [LAMP, fan]}).notes == set(), "the row ends with its calls"
+
+
+def test_more_arguments_of_python_are_named():
+    tools = [{"type": "python"}]
+    found = read({"messages": [ASK, {"role": "assistant", "tool_calls": [call("python", {"code": "print(1)", "timeout": 5})]}], "tools": tools})  # fmt: skip
+    assert found.conversation.messages[1].tool_calls[0].arguments == "print(1)"
+    assert found.unused == ["messages[].tool_calls[].arguments.timeout"]
+    odd = read(
+        {"messages": [ASK, {"role": "assistant", "tool_calls": [call("python", {"script": "x"})]}], "tools": tools}
+    )
+    assert odd.notes == {"bad_arguments"}
+
+
+def test_what_ordinary_rows_have_is_not_noted():
+    row = {
+        "messages": [ASK, {"role": "assistant", "content": "a", "refusal": "", "logprobs": []}],
+        "images": [],
+        "audios": {},
+    }
+    assert (read(row).unused, read(row).notes) == ([], set())
+    item = {"type": "message", "role": "assistant", "status": "completed", "content": [{"type": "output_text", "text": "a", "annotations": [], "logprobs": []}]}  # fmt: skip
+    assert read({"messages": [ASK, item]}).unused == []
+    assert read({"messages": [ASK, {**item, "status": "incomplete"}]}).unused == ["messages[].status"]
+    failed = {
+        "role": "user",
+        "content": [{"type": "tool_result", "tool_use_id": "c", "content": "x", "is_error": True}],
+    }
+    turns = [
+        ASK,
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "lamp", "input": {}}]},
+        failed,
+    ]
+    assert read({"messages": turns, "tools": [LAMP]}).unused == ["messages[].content[].is_error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("text", "read in rows of another format"),
+        ("response", "read in rows of another format"),
+        ("images", ""),
+        ("choices", ""),
+        ("messages[].stop_reason", ""),
+        ("messages[].train_detail", ""),
+        ("messages[].tool_call_id", "read elsewhere"),
+        ("sytem", "did you mean 'system'?"),
+    ],
+)
+def test_hints_are_near_or_none(path, hint):
+    assert likely(path) == hint
+
+
+def test_the_first_named_are_those_that_may_be_meant(tmp_path):
+    rows = [
+        {
+            "messages": [ASK, {"role": "assistant", "content": "a", "reasonning": "x"}],
+            **{f"meta{i}": 1 for i in range(9)},
+        }
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    counts = Counts()
+    for outcome in read_rows([str(path)], RowOptions(), 0):
+        counts.add(outcome)
+    assert counts.unused_names().startswith("messages[].reasonning (1; did you mean 'reasoning'?), meta")
+    assert counts.unused_names().endswith(" and 2 more (ossia data check --format json)")
+
+
+def test_texts_of_messages_and_instructions_in_their_other_forms():
+    asked = [("user", "q", None, [], None), ("assistant", "a", None, [], None)]
+    row = {"prompt": json.dumps([ASK]), "completion": json.dumps([{"role": "assistant", "content": "a"}])}
+    assert said(row) == asked
+    system = ("system", "Be brief.", None, [], None)
+    answer = {"messages": [ASK, {"role": "assistant", "content": "a"}]}
+    assert said({**answer, "system": [{"type": "text", "text": "Be brief."}]}) == [system, *asked]
+    assert said({**answer, "instructions": "Be brief."}) == [system, *asked]
+    assert read({**answer, "system": "Reasoning: high"}).notes == {"effort_text"}
+    assert read({"messages": [{**ASK, "name": "Bob"}, answer["messages"][1]]}).notes == {"names"}
+    thought = {"from": "function_call", "value": '<think>hm</think>\n{"name": "lamp", "arguments": {"on": true}}'}
+    (made,) = read({"conversations": [{"from": "human", "value": "q"}, thought]}).conversation.messages[1:]
+    assert (made.thinking, made.tool_calls[0].name) == ("hm", "lamp")
 
 
 HARMONY = "<|channel|>analysis<|message|>7 and 5 make 12.<|end|><|start|>assistant<|channel|>final<|message|>12"

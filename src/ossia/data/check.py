@@ -62,7 +62,6 @@ def checks(report: Report) -> list[tuple[str, int, str]]:
         ("same as an earlier row", report.duplicates, ""),
         ("same first question, other row", report.repeated_questions, ""),
         ("placeholder left", report.placeholders, f"{names} in " if names else ""),
-        ("empty reasoning", report.empty_reasoning, ""),
         *((NOTES[name], found, "") for name, found in report.notes.items()),
     ]
     bad = [row.source for row in report.bad_rows[:3]]

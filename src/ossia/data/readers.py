@@ -48,7 +48,7 @@ def decode(record: Record) -> Any:
     if not isinstance(value, bytes):
         return value
     try:
-        return json.loads(value.decode("utf-8-sig"))
+        return json.loads(value.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise BadRow(f"{source}: not UTF-8 (byte {error.start} of the line){_instead(value)}") from None
     except json.JSONDecodeError as error:
@@ -57,6 +57,15 @@ def decode(record: Record) -> Any:
         raise BadRow(f"{source}: nested too deeply to be read") from None
     except ValueError as error:
         raise BadRow(f"{source}: not readable as JSON ({error})") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError where a key stands in it twice, of which Python would drop the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands in one object twice")
+    return found
 
 
 def suffix_of(file: Path) -> str:
@@ -80,7 +89,7 @@ def read_records(file: Path) -> Iterator[Record]:
                 return
             yield from _READERS[suffix_of(file)](handle, source)
     except UnicodeDecodeError as error:
-        yield Record(BadRow(f"{source}: not UTF-8 ({error.reason}); save the file as UTF-8"), source)
+        yield Record(BadRow(f"{source}: not UTF-8 ({error.reason}){_instead(error.object)}"), source)
     except BadRow as error:
         yield Record(error, source)
     except (OSError, EOFError, zlib.error) as error:
@@ -273,7 +282,7 @@ class _Text:
         self.buffer = ""
         self.position = 0
         self.line = 1
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(object_pairs_hook=_object)
 
     def peek(self) -> str:
         """The next character that is no white space; empty at the end."""
@@ -329,6 +338,11 @@ def _read_csv(handle: io.BufferedReader, source: str) -> Iterator[Record]:
     line = 1
     try:
         names = next(reader, [])
+        if re.fullmatch("sep=.", delimiter.join(names)):
+            names = next(reader, [])
+        if len(names) > 1 and not names[0]:
+            # An index without a name, as pandas writes it.
+            names[0] = "__index_level_0__"
         if not all(names) or len(set(names)) < len(names):
             yield Record(BadRow(f"{source}:1: the first line must name every column, each once"), source)
             return
@@ -339,12 +353,12 @@ def _read_csv(handle: io.BufferedReader, source: str) -> Iterator[Record]:
             if len(cells) == len(names):
                 yield Record(dict(zip(names, cells, strict=True)), place)
             elif cells:
-                what = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "|"}[delimiter]
-                yield Record(
-                    BadRow(f"{place}: {len(cells)} cells under {len(names)} columns; quote cells with {what}"), place
-                )
+                what = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "|"}.get(delimiter, delimiter)
+                fix = f"quote cells with {what}" if len(cells) > len(names) else "write every cell, empty ones too"
+                yield Record(BadRow(f"{place}: {len(cells)} cells under {len(names)} columns; {fix}"), place)
     except csv.Error as error:
-        yield Record(BadRow(f"{source}:{line}: not CSV ({error}); the file is not read on from here"), source)
+        reason = str(error).replace("\t", "\\t")
+        yield Record(BadRow(f"{source}:{line}: not CSV ({reason}); the file is not read on from here"), source)
 
 
 def _delimiter(handle: io.BufferedReader, source: str) -> str:
@@ -353,17 +367,21 @@ def _delimiter(handle: io.BufferedReader, source: str) -> str:
     Raises BadRow where two of them do.
     """
     text = handle.peek(_HEAD)[:_HEAD].decode("utf-8-sig", errors="ignore")
+    if told := re.match("sep=(.)\r?\n", text):
+        # Excel reads and writes such a line.
+        return told[1]
     # The last line may be cut, and a cell that is cut has no closing quote.
     lines = text.splitlines(keepends=True)[: -1 if len(text) >= _HEAD - 4 else None]
-    fitting = []
+    counts: dict[str, list[int]] = {}
     for delimiter in _DELIMITERS:
         with suppress(csv.Error):
-            rows = [len(cells) for cells in islice(csv.reader(lines, delimiter=delimiter), 20) if cells]
-            if rows and rows[0] > 1 and rows.count(rows[0]) * 2 > len(rows):
-                fitting.append(delimiter)
-    if len(fitting) > 1 and "," not in fitting:
-        raise BadRow(f"{source}: cells may be divided by {' or '.join(map(repr, fitting))}; write them with commas")
-    return "," if "," in fitting or not fitting else fitting[0]
+            counts[delimiter] = [len(cells) for cells in islice(csv.reader(lines, delimiter=delimiter), 20) if cells]
+    several = [delimiter for delimiter, cells in counts.items() if cells and cells[0] > 1]
+    if len(several) > 1:
+        several = [d for d in several if counts[d].count(counts[d][0]) * 2 > len(counts[d])] or several
+    if len(several) > 1 and "," not in several:
+        raise BadRow(f"{source}: cells may be divided by {' or '.join(map(repr, several))}; write them with commas")
+    return "," if "," in several or not several else several[0]
 
 
 def _read_parquet(file: Path) -> Iterator[Record]:

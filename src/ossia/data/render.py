@@ -140,9 +140,12 @@ class Counts:
         return counts
 
     def unused_names(self) -> str:
-        """Keys of rows, messages, parts, tools and calls that nobody reads, the most frequent first."""
-        names = ", ".join(f"{name} ({_unused(name, count)})" for name, count in self.unused.most_common(8))
-        return plain(names) + (" …" if len(self.unused) > 8 else "")
+        """Keys of rows, messages, parts, tools and calls that nobody reads; those near to one that is read first."""
+        hints = {name: likely(name) for name in self.unused}
+        ordered = sorted(self.unused.items(), key=lambda item: (not hints[item[0]], -item[1]))
+        named = ", ".join(f"{name} ({count:,}{hints[name] and '; ' + hints[name]})" for name, count in ordered[:8])
+        more = f" and {len(ordered) - 8} more (ossia data check --format json)" if len(ordered) > 8 else ""
+        return plain(named) + more
 
     def remarks(self, options: RowOptions) -> list[str]:
         """What rows have that is not read or is read otherwise than it stands, and how many are bad."""
@@ -318,11 +321,6 @@ def _read(record: Record, options: RowOptions) -> Outcome:
         notes=found.notes,
         renamed=renamed,
     )
-
-
-def _unused(name: str, count: int) -> str:
-    hint = likely(name)
-    return f"{count:,}; {hint}" if hint else f"{count:,}"
 
 
 def _slice(rendered: Rendered, start: int, end: int) -> Rendered:

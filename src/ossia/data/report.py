@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ossia.config.parts import DataOptions
 from ossia.console import plain
-from ossia.data.formats import NOTES, names
+from ossia.data.formats import NOTES
 from ossia.data.formats.calls import check_arguments
 from ossia.data.packing import Fill, fill
 from ossia.data.render import Counts, Outcome, Renderer
@@ -36,9 +36,6 @@ _KEY = re.compile(
     r"^(?:no key '(?P<missing>[^']+)'|(?P<path>[a-z_]+(?:\[\d+\])?(?:\.\w+(?:\[\d+\])?)*)(?=:| is ))", re.ASCII
 )
 _LEFT = re.compile(r"\{\{\s*([^{}\n]{1,60}?)\s*\}\}")
-_EMPTY_THINK = re.compile(r"\s*<think>\s*</think>")
-_REASONING = {*names.REASONING, *names.REASONING_COLUMNS}
-_ANSWERS = ("content", "value", "output", "final")
 
 
 class Bad(NamedTuple):
@@ -101,7 +98,6 @@ class Report:
     repeated_questions: Found = field(default_factory=Found)
     placeholders: Found = field(default_factory=Found)
     placeholder_names: Counter[str] = field(default_factory=Counter)
-    empty_reasoning: Found = field(default_factory=Found)
     notes: dict[str, Found] = field(default_factory=dict)
     usable: int = 0
     lengths: array[int] = field(default_factory=lambda: array("i"))
@@ -178,7 +174,6 @@ class Report:
             "duplicates": vars(self.duplicates),
             "repeated_questions": vars(self.repeated_questions),
             "placeholders": {**vars(self.placeholders), "names": dict(self.placeholder_names.most_common())},
-            "empty_reasoning": vars(self.empty_reasoning),
         }
 
     def stats_values(self) -> dict[str, Any]:
@@ -273,11 +268,8 @@ class _Collector:
             self.report.bad_rows.append(bad)
 
     def _raw(self, outcome: Outcome) -> None:
-        if isinstance(outcome.row, dict):
-            if _blank_reasoning(outcome.row):
-                self.report.empty_reasoning.add(outcome.source)
-            if isinstance(language := outcome.row.get("reasoning_language"), str):
-                _count(self.report.reasoning_languages, language)
+        if isinstance(outcome.row, dict) and isinstance(language := outcome.row.get("reasoning_language"), str):
+            _count(self.report.reasoning_languages, language)
 
     def _tokens(self, rendered: Rendered) -> None:
         report = self.report
@@ -348,24 +340,6 @@ def _bad(error: str) -> Bad:
         return Bad("", None, plain(error))
     key = _KEY.match(found["reason"])
     return Bad(found["source"], (key["missing"] or key["path"]) if key else None, plain(found["reason"]))
-
-
-def _blank_reasoning(row: dict[str, Any]) -> bool:
-    """Reasoning that is there and says nothing."""
-    entries = [row]
-    for key in ("messages", "conversations"):
-        if isinstance(turns := row.get(key), list):
-            entries += [
-                turn
-                for turn in turns
-                if isinstance(turn, dict)
-                and names.ROLES.get(str(turn.get("role", turn.get("from", "assistant")))) == "assistant"
-            ]
-    return any(
-        any(isinstance(text := entry.get(key), str) and not text.strip() for key in _REASONING)
-        or any(isinstance(text := entry.get(key), str) and _EMPTY_THINK.match(text) for key in _ANSWERS)
-        for entry in entries
-    )
 
 
 @lru_cache(maxsize=65536)

@@ -17,6 +17,8 @@ from ossia.template.harmony_types import CLOSER, OPENER, read_tools_section
 from ossia.template.messages import BUILTIN_CALLS, EFFORTS, Message, Role, ToolCall
 from ossia.template.think import split_think
 
+NO_SYSTEM = "the lack of a system block (the usual one is written)"
+"""What `dropped` says of a text without one."""
 _INSTRUCTIONS = "# Instructions\n\n"
 _CUTOFF, _DATE = "Knowledge cutoff: ", "Current date: "
 _BETWEEN = re.compile(r"\s*(?:<\|endoftext\|>\s*)?(?:<\|start\|>|\Z)")
@@ -88,7 +90,7 @@ def parse_conversation(text: str) -> ParsedConversation:
         if instructions is not None:
             messages.append(Message("system", instructions))
     else:
-        dropped.append("the lack of a system block (the usual one is written)")
+        dropped.append(NO_SYSTEM)
     if parts and parts[0].role == "developer":
         instructions, functions = _developer(parts.pop(0), dropped)
         tools += functions

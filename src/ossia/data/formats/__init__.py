@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ossia.data.formats import (
@@ -59,7 +59,10 @@ FORMATS = (
 )
 _KEYS = {form.name: form.keys for form in FORMATS}
 _ROW_KEYS = frozenset().union(*_KEYS.values())
-_INNER_KEYS = names.MESSAGE_KEYS | names.CALL_KEYS | names.TOOL_KEYS | set(names.PART_REASONING)
+_NEEDED = frozenset(key for form in FORMATS for group in form.needs for key in group)
+_INNER_KEYS = (
+    frozenset().union(*names.MESSAGE_KEYS.values()) | names.CALL_KEYS | names.TOOL_KEYS | set(names.PART_REASONING)
+)
 _WANTED = (
     "messages, conversations, instruction + output, query + response, question + answer, chosen + rejected or text"
 )
@@ -93,9 +96,11 @@ def read_row(value: Any, source: str, columns: dict[str, str] | None = None) -> 
             conversation.source = source
             _common(conversation, row, place)
             known = _KEYS[form.name]
-            place.check_keys({key: None for key in row if key in present}, known | names.HARMLESS)
+            place.check_keys(row, known | names.HARMLESS)
             return Read(form.name, conversation, list(notes.unused), notes.seen)
-    hint = next((nearest(key, _ROW_KEYS) for key in row if key not in _ROW_KEYS and nearest(key, _ROW_KEYS)), "")
+    hint = next((found for key in present if key not in _NEEDED and (found := nearest(key, _NEEDED, 0.8))), "")
+    if nulls := [key for key in row if key in _NEEDED and key not in present]:
+        raise BadRow(f"{source}: {nulls[0]} is null; a row needs {_WANTED}")
     keys = ", ".join(map(repr, row))
     inside = next(
         (key for key, held in row.items() if isinstance(held, list) and held and isinstance(held[0], dict)), ""
@@ -122,11 +127,13 @@ def check_columns(columns: dict[str, str]) -> None:
             )
 
 
-def likely(path: str, present: Iterable[str] = ()) -> str:
+def likely(path: str) -> str:
     """The nearest key that is read, for one that is not: `did you mean 'thinking'?`, or nothing."""
     level, _, key = path.rpartition(".")
-    known = (_INNER_KEYS if level else _ROW_KEYS) - names.HARMLESS - set(present)
-    return nearest(key, sorted(known)).removeprefix("; ")
+    known = _INNER_KEYS if level else _ROW_KEYS
+    if key in known:
+        return "read elsewhere" if level else "read in rows of another format"
+    return nearest(key, sorted(known - names.HARMLESS), 0.8).removeprefix("; ")
 
 
 def _renamed(row: dict[str, Any], source: str, columns: dict[str, str]) -> dict[str, Any]:

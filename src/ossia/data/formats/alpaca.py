@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ossia.data.formats.fields import first, text
-from ossia.data.formats.messages import with_system
+from ossia.data.formats.fields import only, text
+from ossia.data.formats.messages import note_nothing, with_system
 from ossia.data.formats.notes import Place
 from ossia.data.formats.query import ALSO as _QUERY
 from ossia.data.formats.query import find_answer, read_answer, read_history
@@ -21,9 +21,10 @@ ALSO = ("input", "context", *_QUERY)
 def read(row: dict[str, Any], place: Place) -> Conversation:
     """The conversation of a row: history, then instruction and input joined by a line break, then output."""
     messages = read_history(row, place)
-    parts = (text(row, "instruction", place), text(row, first(row, ("input", "context")), place))
+    parts = (text(row, "instruction", place), text(row, only(row, ("input", "context"), place), place))
     question = "\n".join(part for part in parts if part)
     if not question.strip():
         raise place.bad("instruction and input are both empty")
+    note_nothing(question, place)
     messages += [Message("user", question), *read_answer(row, find_answer(row, place), place)]
     return Conversation(with_system(messages, row, place))

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ossia.data.formats import names
-from ossia.data.formats.fields import as_json, first, only, parsed, shown
+from ossia.data.formats.fields import as_json, first, has, only, parsed, shown
 from ossia.data.formats.notes import Notes, Place
 from ossia.template.messages import BUILTIN_CALLS, Conversation, ToolCall, calls_builtin, is_builtin
 
@@ -19,17 +19,15 @@ _PREFIX = "functions."
 
 def read_tools(row: dict[str, Any], place: Place) -> list[dict[str, Any]]:
     """The tools of a row: functions in OpenAI's form, and built-in tools as `{"type": "python"}`."""
-    tools: list[dict[str, Any]] = []
-    for key in (*names.TOOLS, *names.BUILTIN):
-        for tool in _tools(row.get(key), place.key(key), named=key in names.BUILTIN):
-            if tool not in tools:
-                tools.append(tool)
-    return tools
+    found = {key: _tools(row.get(key), place.key(key)) for key in (*names.TOOLS, *names.BUILTIN)}
+    key = only(found, names.TOOLS, place)
+    tools = [] if key is None else found[key]
+    return [*tools, *(tool for name in names.BUILTIN for tool in found[name] if tool not in tools)]
 
 
-def _tools(value: Any, place: Place, *, named: bool) -> list[dict[str, Any]]:
+def _tools(value: Any, place: Place) -> list[dict[str, Any]]:
     if isinstance(value, str):
-        if named and value.strip() and not value.lstrip().startswith(("[", "{", '"')):
+        if value.strip() and not value.lstrip().startswith(("[", "{", '"')):
             value = [name.strip() for name in value.split(",")]
         else:
             value = parsed(value, place) if value.strip() else None
@@ -43,10 +41,15 @@ def _tools(value: Any, place: Place, *, named: bool) -> list[dict[str, Any]]:
 
 
 def _tool(tool: Any, place: Place) -> dict[str, Any]:
-    if isinstance(tool, str):
-        tool = {"type": tool} if tool in BUILTIN_CALLS else parsed(tool, place)
+    if isinstance(tool, str) and tool in BUILTIN_CALLS:
+        tool = {"type": tool}
+    elif isinstance(tool, str) and tool.lstrip().startswith("{"):
+        tool = parsed(tool, place)
     if not isinstance(tool, dict):
-        raise place.bad(f" is {shown(tool)}; an object with the function's name and parameters is needed")
+        given = repr(tool) if isinstance(tool, str) else shown(tool)
+        raise place.bad(
+            f" is {given:.60}; it takes an object with name and parameters, or {' or '.join(BUILTIN_CALLS)}"
+        )
     if isinstance(tool.get("function"), str):
         tool = {**tool, "function": parsed(tool["function"], place.key("function"))}
     place.check_keys(tool, names.TOOL_KEYS)
@@ -143,11 +146,13 @@ def _call(value: Any, place: Place) -> Called:
 def settle(conversation: Conversation, notes: Notes) -> None:
     """Tell calls of built-in tools from those of functions, and note what is odd about them."""
     turns = [*conversation.messages, *(conversation.rejected or ())]
+    declared = {tool["function"]["name"] for tool in conversation.tools if not is_builtin(tool)}
+    if any(message.role == "assistant" and _is_call(message.content, declared) for message in turns):
+        notes.seen.add("call_tags")
     calling = [message for message in turns if message.tool_calls or message.role == "tool"]
     if not calling:
         return
     tools = conversation.tools
-    declared = {tool["function"]["name"] for tool in tools if not is_builtin(tool)}
     declared |= {call for tool in tools if is_builtin(tool) for call in BUILTIN_CALLS[tool["type"]]}
     for message in calling:
         message.tool_calls = tuple(_settled(call, tools, notes) for call in message.tool_calls)
@@ -166,8 +171,11 @@ def _settled(call: ToolCall, tools: list[dict[str, Any]], notes: Notes) -> ToolC
     value = _loaded(text)
     if builtin and name in BUILTIN_CALLS["python"]:
         # Source code, which some rows wrap into an object.
-        if isinstance(value, dict) and list(value) == ["code"] and isinstance(value["code"], str):
+        if isinstance(value, dict) and isinstance(value.get("code"), str):
             text = value["code"]
+            notes.unused |= {f"messages[].tool_calls[].arguments.{key}": None for key in value if key != "code"}
+        elif isinstance(value, dict):
+            notes.seen.add("bad_arguments")
         return ToolCall(name, text, True)
     if not text.strip():
         notes.seen.add("empty_arguments")
@@ -180,6 +188,17 @@ def _settled(call: ToolCall, tools: list[dict[str, Any]], notes: Notes) -> ToolC
         notes.seen.add("bad_arguments")
         text = call.arguments
     return ToolCall(name, text, builtin)
+
+
+def _is_call(text: str, declared: set[str]) -> bool:
+    """Whether a text is JSON of calls of declared functions."""
+    if not declared or not text.lstrip().startswith(("{", "[")):
+        return False
+    value = _loaded(text)
+    calls = value if isinstance(value, list) else [value]
+    return bool(calls) and all(
+        isinstance(c, dict) and c.get("name") in declared and has(c, *names.ARGUMENTS) for c in calls
+    )
 
 
 def _loaded(text: str) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ossia.data.formats import names
 from ossia.data.formats.notes import Notes, Place
 
 
@@ -28,7 +30,9 @@ def only(row: Mapping[str, Any], keys: Iterable[str], place: Place) -> str | Non
     values = [row[key].strip() if isinstance(row[key], str) else row[key] for key in said]
     for key, value in zip(said[1:], values[1:], strict=True):
         if value != values[0]:
-            raise place.bad(f"{': ' if place.path else ''}{said[0]} and {key} mean the same and differ; keep one")
+            leave_out = "" if place.path else f""" (--columns '{{"{key}": "unused"}}' leaves {key} out)"""
+            lead = ": " if place.path else ""
+            raise place.bad(f"{lead}{said[0]} and {key} mean the same and differ; keep one{leave_out}")
     return said[0]
 
 
@@ -70,6 +74,18 @@ def parsed(value: str, place: Place) -> Any:
         raise place.bad(f" is a text that is not JSON ({error})") from None
 
 
+def messages_of(value: Any) -> list[Any] | None:
+    """The list of messages that a value is, or that it is the JSON text of; else None."""
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        return value if any(key in value[0] for key in (*names.ROLE, *names.CALLS)) else None
+    return None
+
+
 def as_json(value: Any, place: Place) -> str:
     """A value as JSON text, as a model writes it."""
     try:
@@ -91,7 +107,8 @@ def without_nulls(value: Any, notes: Notes | None = None) -> Any:
                 continue
             if isinstance(item, dict | list):
                 inner = without_nulls(item, notes)
-                if notes is not None and key == "arguments" and inner != item:
+                said = key == "arguments" or (key in names.RESULT and names.ROLES.get(str(_speaker(value))) == "tool")
+                if notes is not None and said and inner != item:
                     notes.seen.add("null_arguments")
                 if item and not inner:
                     continue
@@ -101,6 +118,10 @@ def without_nulls(value: Any, notes: Notes | None = None) -> Any:
     if isinstance(value, list):
         return [without_nulls(item, notes) if isinstance(item, dict | list) else item for item in value]
     return value
+
+
+def _speaker(entry: dict[str, Any]) -> Any:
+    return entry.get("role", entry.get("from", entry.get("type")))
 
 
 def _blank(value: Any) -> bool:

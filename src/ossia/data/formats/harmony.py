@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ossia.data.formats.notes import Place
 from ossia.errors import OssiaError
-from ossia.template.harmony_text import parse_conversation
+from ossia.template.harmony_text import NO_SYSTEM, parse_conversation
 from ossia.template.messages import Conversation
 
 
@@ -14,6 +14,6 @@ def read_harmony(text: str, place: Place) -> Conversation:
         found = parse_conversation(text)
     except OssiaError as error:
         raise place.bad(f" is harmony that cannot be read ({error}); give its messages as role and content") from None
-    if found.dropped:
+    if any(what != NO_SYSTEM for what in found.dropped):
         place.note("harmony_settings")
     return Conversation(found.messages, list(found.tools), found.reasoning_effort)

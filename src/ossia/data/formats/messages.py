@@ -16,12 +16,18 @@ from ossia.data.formats.notes import Place
 from ossia.errors import OssiaError, nearest
 from ossia.template.harmony_text import looks_like_harmony, parse_turn
 from ossia.template.messages import Conversation, Message, Role, ToolCall
+from ossia.template.think import split_think
 
 NEEDS = (("messages",),)
 ALSO = names.SYSTEM
 
 _TEXT_WITHOUT_TYPE = ("text", "value")
-_TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning|reflection)>")
+_TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning|reflection)>|<\|(?:begin|end)_of_(?:thought|solution)\|>")
+_EMPTY_THINK = re.compile(r"\s*<think>\s*</think>")
+_FLAT = re.compile(r"\s*(?:assistant)?analysis\S.*assistant(?:final|commentary)", re.DOTALL)
+_JSON_PARTS = re.compile(r'\s*\[\s*\{\s*"type"\s*:\s*"(?:text|input_text|output_text|image|image_url)"')
+_NOTHING = re.compile(r"\s*(?:nan|none|null)\s*", re.IGNORECASE)
+_EFFORT = re.compile(r"^\s*Reasoning:\s*(?:low|medium|high)\b", re.IGNORECASE | re.MULTILINE)
 _THOUGHT = re.compile(r"\s*(?:<think>)?(?:(?!</?think>).)*</think>", re.DOTALL)
 _CALL_TAGS = re.compile(
     r"<(?:tool_calls?|function_calls?|functioncall|tool_response|invoke)\b[^>]*>|<\|(?:python_tag|tool▁call)"
@@ -41,8 +47,13 @@ def read(row: dict[str, Any], place: Place) -> Conversation:
 def with_system(messages: list[Message], row: dict[str, Any], place: Place) -> list[Message]:
     """With the row's instructions before them; BadRow where they begin with others."""
     key = only(row, names.SYSTEM, place)
-    if not (system := text(row, key, place)).strip():
+    if key is not None and isinstance(row[key], list):
+        system = "".join(part.text for part in _parts(row[key], place.key(key)))
+    else:
+        system = text(row, key, place)
+    if not system.strip():
         return messages
+    _note_instructions(system, place)
     if messages and messages[0].role in ("system", "developer"):
         if messages[0].content.strip() != system.strip():
             raise place.bad(f"{key} and the first message are two different instructions; keep one")
@@ -73,13 +84,22 @@ def answer(said: str, thinking: str | None, place: Place, loss: float | None = N
         for message in found:
             message.loss = loss
         return found
-    if "</" in said or "<t" in said:
+    if thinking and (inner := split_think(thinking))[1] == "" and inner[0]:
+        # Reasoning that is wrapped into its tags once more.
+        thinking = inner[0]
+    if "<" in said or (thinking and "<" in thinking):
         thought = None if thinking else _THOUGHT.match(said)
-        if _TAGS.search(said, thought.end() if thought else 0):
+        if _TAGS.search(said, thought.end() if thought else 0) or _TAGS.search(thinking or ""):
             place.note("think_tags")
+    if thinking is None and _EMPTY_THINK.match(said):
+        place.note("empty_reasoning")
+    if _FLAT.match(said):
+        place.note("flat_harmony")
+    note_nothing(said, place)
     if "<" in said and _CALL_TAGS.search(said):
         place.note("call_tags")
     note_control_text(said, place)
+    note_control_text(thinking or "", place)
     return [Message("assistant", said, thinking, loss=loss)]
 
 
@@ -89,10 +109,25 @@ def note_control_text(trained: str, place: Place) -> None:
         place.note("control_text")
 
 
+def note_nothing(said: str, place: Place) -> None:
+    """Note a text that a table's empty cell may have become."""
+    if len(said) < 16 and _NOTHING.fullmatch(said):
+        place.note("nothing")
+
+
+def _note_instructions(said: str, place: Place) -> None:
+    if _EFFORT.search(said):
+        place.note("effort_text")
+    note_nothing(said, place)
+
+
 def reasoning_of(row: dict[str, Any], place: Place) -> str | None:
     """The column with the reasoning before an answer."""
     key = only(row, names.REASONING_COLUMNS, place)
-    return text(row, key, place) or None
+    thinking = text(row, key, place)
+    if key is not None and not thinking.strip():
+        place.note("empty_reasoning")
+    return thinking or None
 
 
 def mark_preambles(messages: list[Message]) -> None:
@@ -132,9 +167,13 @@ class _Reader:
         key = only(entry, names.RESULT if role == "tool" else names.CONTENT, place)
         value, said = (None, place) if key is None else (entry[key], place.key(key))
         if role not in names.CALLERS or key is not None:
-            reasons = role == "assistant" and entry.get("type") == "reasoning"
-            known = names.RESULT_KEYS if role == "tool" else names.ITEM_KEYS if reasons else names.MESSAGE_KEYS
-            place.check_keys(entry, known)
+            kind = "call" if role in names.CALLERS else role if role in ("assistant", "tool") else "other"
+            reasons = kind == "assistant" and entry.get("type") == "reasoning"
+            place.check_keys(entry, names.MESSAGE_KEYS["reasoning" if reasons else kind])
+        if role in ("user", "assistant", "system", "developer") and has(entry, "name"):
+            place.note("names")
+        if isinstance(value, str) and _JSON_PARTS.match(value):
+            place.note("json_parts")
         if role in names.CALLERS:
             self._call(entry, value, said, place)
             return
@@ -150,20 +189,28 @@ class _Reader:
 
     def _call(self, entry: dict[str, Any], value: Any, said: Place, place: Place) -> None:
         """A message that is a call itself, or whose content is one."""
-        around = {*names.ROLE, *names.LOSS}
-        calls = read_calls({k: v for k, v in entry.items() if k not in around} if value is None else value, said)
+        thinking = None
+        if value is None:
+            value = {k: v for k, v in entry.items() if k not in (*names.ROLE, *names.LOSS)}
+        elif isinstance(value, str):
+            # LLaMA-Factory writes reasoning before a call into the same text.
+            thinking, value = split_think(value)
+        calls = read_calls(value, said)
         if not calls:
             raise said.bad(": no call in it")
         key = first(entry, (*names.CALL_ID, "id"))
         if len(calls) == 1 and not calls[0].id and key is not None:
             calls = (calls[0]._replace(id=str(entry[key])),)
-        self._join(Message("assistant", tool_calls=tuple(c.call for c in calls), loss=_loss(entry, place)), calls)
+        made = tuple(called.call for called in calls)
+        self._join(Message("assistant", "", thinking or None, made, loss=_loss(entry, place)), calls, place)
 
     def _assistant(self, entry: dict[str, Any], value: Any, said: Place, place: Place) -> None:
         parts = _parts(value, said)
         if has(entry, "refusal"):
             parts.append(_Part("text", text(entry, "refusal", place)))
         thinking = _reasoning(entry, place)
+        if thinking is not None and not thinking.strip():
+            place.note("empty_reasoning")
         written = "".join(part.text for part in parts if part.kind == "reasoning").strip()
         if thinking and written and thinking.strip() != written:
             raise place.bad(": reasoning stands in the content and beside it, and differs; keep one")
@@ -187,20 +234,28 @@ class _Reader:
             message.name = name
             if channel == "commentary" and not message.tool_calls:
                 message.channel = "commentary"
-            self._join(message, calls)
+            self._join(message, calls, place)
 
-    def _join(self, message: Message, calls: tuple[Called, ...]) -> None:
+    def _join(self, message: Message, calls: tuple[Called, ...], place: Place) -> None:
         """Add an assistant's message; bare calls join the assistant's message before them."""
         bare = message.tool_calls and not message.content.strip() and not message.thinking
         before = self.messages[-1] if self.messages else None
         if bare and before is not None and before.role == "assistant" and before.loss == message.loss:
             before.tool_calls += message.tool_calls
         else:
+            if not message.tool_calls and message.channel is None and message.content.strip():
+                self._go_on(place)
             self.messages.append(message)
-            if message.tool_calls:
-                self._pending = []
         self._pending += calls
+        for called in calls:
+            note_control_text(called.call.arguments, place)
         self._names |= {called.id: called.call.name for called in calls if called.id}
+
+    def _go_on(self, place: Place) -> None:
+        """Someone else speaks: calls that are not answered by now never are."""
+        if self._pending:
+            place.note("unanswered")
+            self._pending = []
 
     def _result(self, entry: dict[str, Any], content: str, place: Place, id: str = "") -> None:
         """Add a tool's result, of the function that it names, whose call it names, or that was called first."""
@@ -211,13 +266,16 @@ class _Reader:
         answered = next((called for called in self._pending if id and called.id == id), None)
         if answered is None and not (id and id in self._names):
             answered = next((called for called in self._pending if not name or called.call.name == name), None)
-        name = name or (answered.call.name if answered else self._names.get(id, ""))
-        if answered is None and id not in self._names:
+        asked = answered.call.name if answered else self._names.get(id, "")
+        if not (name or asked):
+            raise place.bad(
+                ": a result with no function_call before it; put the call into tool_calls, or name the function here"
+            )
+        if answered is None or (name and name != asked) or (id and answered.id and answered.id != id):
             place.note("orphan_result")
-        if not name:
-            raise place.bad(": a result with no function_call before it; give it the function's name")
         if answered is not None:
             self._pending.remove(answered)
+        name = name or asked
         self.messages.append(Message("tool", content, name=name, loss=_loss(entry, place)))
 
     def _other(self, role: Role, entry: dict[str, Any], value: Any, said: Place, place: Place) -> None:
@@ -233,7 +291,11 @@ class _Reader:
             if part.kind == "result":
                 self._result(entry, part.text, said, part.id)
         texts = [part.text for part in parts if part.kind == "text"]
+        if role != "user":
+            _note_instructions("".join(texts), place)
         if texts or not parts:
+            if role == "user":
+                self._go_on(place)
             name = text(entry, "name", place) or None
             self.messages.append(Message(role, "".join(texts), name=name, loss=_loss(entry, place)))
 
@@ -247,9 +309,12 @@ def _role(entry: dict[str, Any], place: Place) -> Any:
         return "assistant"
     if isinstance(word, str) and (word in names.ROLES or word in names.CALLERS):
         return word if word in names.CALLERS else names.ROLES[word]
+    if given is None:
+        raise place.bad(f": no role (keys: {', '.join(map(repr, entry)):.200})")
     known = [*names.ROLES, *names.CALLERS]
     close = nearest(word, known) if isinstance(word, str) else ""
-    raise place.bad(f".{key or 'role'} is {given!r:.60}; it takes system, user, assistant, tool, tool_call{close}")
+    takes = "system, developer, user, assistant, tool, tool_call"
+    raise place.bad(f".{key or 'type'} is {given!r:.60}; it takes {takes}{close}")
 
 
 def _calls(entry: dict[str, Any], place: Place) -> tuple[Called, ...]:
@@ -300,7 +365,7 @@ def _part(part: Any, place: Place, inside: str) -> list[_Part]:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or not (kind is None or isinstance(kind, str)):
         raise place.bad(f" is {shown(part)!r}; gpt-oss takes text parts only")
-    if kind == "reasoning.encrypted":
+    if kind in ("reasoning.encrypted", "redacted_thinking"):
         place.note("encrypted")
         return []
     if kind in names.CALL_PARTS:
@@ -308,7 +373,7 @@ def _part(part: Any, place: Place, inside: str) -> list[_Part]:
         calls = read_calls(part, place) if held is None else read_calls(part[held], place.key(held))
         return [_Part("call", calls=calls)]
     if kind in names.RESULT_PARTS:
-        place.check_keys(part, names.RESULT_KEYS | {"text", "is_error"})
+        place.check_keys(part, names.MESSAGE_KEYS["tool"] | {"text"})
         said, called = only(part, (*names.RESULT, "text"), place), first(part, names.CALL_ID)
         content = _result_text(None if said is None else part[said], place)
         return [_Part("result", content, id="" if called is None else str(part[called]))]

@@ -58,7 +58,7 @@ RESULT_PARTS = ("tool_result", "tool_response", "function_call_output")
 PART_TEXT = ("text", "value", "content")
 PART_REASONING = ("thinking", "reasoning", "summary", *PART_TEXT)
 
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "instructions")
 TOOLS = ("tools", "functions")
 BUILTIN = ("builtin_tools",)
 EFFORT = ("reasoning_effort",)
@@ -78,17 +78,19 @@ MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 COMMON = (*TOOLS, *BUILTIN, *EFFORT)
 """Keys that count in a row of any format."""
 
-HARMLESS = frozenset(
-    {"id", "idx", "index", "uid", "uuid", "annotations", "status", "object", "created", "__index_level_0__"}
-)
-"""Keys that change nothing, at any level; not counted."""
+HARMLESS = frozenset({"id", "idx", "index", "uid", "uuid", "annotations", "object", "created", "__index_level_0__"})
+"""Keys that change nothing, at any level; not counted. Nor are empty values, and those of `HARMLESS_VALUES`."""
+HARMLESS_VALUES: dict[str, tuple[object, ...]] = {"status": ("completed",), "is_error": (False,)}
 
-MESSAGE_KEYS = frozenset(
-    {*ROLE, *CONTENT, *REASONING, *LOSS, *CALLS, *CALL_ID, *RESULT_NAME, *CHANNEL, *HARMLESS, "type", "refusal"}
-)
-RESULT_KEYS = MESSAGE_KEYS | {"output"}
-ITEM_KEYS = MESSAGE_KEYS | {"summary"}
-"""Of an item of type `reasoning`, as OpenAI's responses have it."""
+_SAID = frozenset({*ROLE, *CONTENT, *LOSS, *HARMLESS, "type", "name"})
+MESSAGE_KEYS: dict[str, frozenset[str]] = {
+    "assistant": _SAID | {*REASONING, *CALLS, *CHANNEL, "refusal"},
+    "reasoning": _SAID | {*REASONING, "summary"},
+    "tool": _SAID | {*RESULT, *RESULT_NAME, *CALL_ID, *CHANNEL},
+    "call": _SAID | {*CALL_ID, *CHANNEL},
+    "other": _SAID | {*REASONING, *CALLS},
+}
+"""Keys of a message, by who speaks: `reasoning` is an item of OpenAI's responses, `other` a user or an instruction."""
 CALL_KEYS = frozenset({*CALL_ID, *ARGUMENTS, *HARMLESS, "type", "function", "name"})
 TOOL_KEYS = frozenset({*PARAMETERS, *HARMLESS, "type", "function", "name", "description", "strict"})
 

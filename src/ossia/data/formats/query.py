@@ -9,9 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from ossia.data.formats import names
-from ossia.data.formats.fields import first, parsed, shown, text
+from ossia.data.formats.fields import messages_of, only, parsed, shown, text
 from ossia.data.formats.harmony import read_harmony
-from ossia.data.formats.messages import answer, mark_preambles, read_messages, reasoning_of, with_system
+from ossia.data.formats.messages import (
+    answer,
+    mark_preambles,
+    note_nothing,
+    read_messages,
+    reasoning_of,
+    with_system,
+)
 from ossia.data.formats.notes import Place
 from ossia.errors import nearest
 from ossia.template.harmony_text import looks_like_harmony
@@ -26,7 +33,7 @@ ALSO = ("history", *names.SYSTEM, *names.REASONING_COLUMNS, *ANSWERS)
 
 def read(row: dict[str, Any], place: Place) -> Conversation:
     """The conversation of a row; without an answer it ends with the question."""
-    asked = first(row, ("question", *QUESTIONS))
+    asked = only(row, ("question", *QUESTIONS), place)
     answered = find_answer(row, place)
     if asked is None:
         raise place.bad("no question in this row")
@@ -34,18 +41,23 @@ def read(row: dict[str, Any], place: Place) -> Conversation:
     if asked == "prompt" and isinstance(prompt, str) and looks_like_harmony(prompt):
         return read_harmony(prompt + text(row, answered, place), place.key("prompt"))
     messages = read_history(row, place)
-    if isinstance(prompt, list):
-        asking = read_messages(prompt, place.key(asked))
+    if (listed := messages_of(prompt)) is not None:
+        asking = read_messages(listed, place.key(asked))
+        if asking[-1].role == "assistant" and answered is not None:
+            raise place.key(asked).bad(" ends with an answer, and the row has another; join the two or leave one out")
         for message in asking:
             if message.role == "assistant" and message.loss is None:
                 message.loss = 0.0
         messages += asking
+    elif isinstance(prompt, list):
+        raise place.key(asked).bad(" is a list, but not of messages; a row has one question")
     elif (question := text(row, asked, place)).strip():
+        note_nothing(question, place)
         messages.append(Message("user", question))
     else:
         raise place.key(asked).bad(" is empty")
-    if answered is not None and isinstance(row[answered], list):
-        messages += read_messages(row[answered], place.key(answered))
+    if answered is not None and (listed := messages_of(row[answered])) is not None:
+        messages += read_messages(listed, place.key(answered))
         mark_preambles(messages)
     else:
         messages += read_answer(row, answered, place)
@@ -55,6 +67,8 @@ def read(row: dict[str, Any], place: Place) -> Conversation:
 def read_answer(row: dict[str, Any], key: str | None, place: Place) -> list[Message]:
     """The answer in a column, with the reasoning in another; nothing where the answer is blank."""
     thinking = reasoning_of(row, place)
+    if key is not None and isinstance(row[key], list):
+        raise place.key(key).bad(" is a list, but not of messages; a text is needed")
     said = text(row, key, place)
     if not said.strip():
         if thinking and thinking.strip():
@@ -65,7 +79,7 @@ def read_answer(row: dict[str, Any], key: str | None, place: Place) -> list[Mess
 
 def find_answer(row: dict[str, Any], place: Place) -> str | None:
     """The key of the answer; BadRow where none is there but one is misspelt."""
-    key = first(row, ANSWERS)
+    key = only(row, ANSWERS, place)
     if key is None and not any(answer in row for answer in ANSWERS):
         unknown = [name for name in row if name not in ("instruction", "question", "context", *QUESTIONS, *ALSO)]
         for answer in ANSWERS:
