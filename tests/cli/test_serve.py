@@ -45,6 +45,62 @@ SCHEMA = {
 }
 
 
+FIELDS = [
+    ("chat/completions", {"temprature": 0.5}, 400, "temprature", "did you mean 'temperature'?"),
+    ("chat/completions", {"odd": []}, 400, "odd", "not known here; leave it out"),
+    ("completions", {"max_token": 3}, 400, "max_token", "did you mean 'max_tokens'?"),
+    ("responses", {"max_completion_tokens": 3}, 400, "max_completion_tokens", "write max_output_tokens"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "x", "weight": 0}]}, 400, "messages[0].weight", "not known"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "x", "reasoning_content": "y"}]}, 400, "messages[0].reasoning_content", "not known"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "value": "y"}]}]}, 400, "messages[0].content[0].value", "not known"),
+    ("chat/completions", {"messages": [{"role": "assistant", "content": "x", "prefix": True}]}, 400, "messages[0].prefix", "begins anew"),
+    ("chat/completions", {"messages": [{"role": "assistant", "reasoning": "x", "reasoning_content": "y"}]}, 400, "messages[0].reasoning", "differ"),
+    ("chat/completions", {"messages": [{"role": "assistant", "content": "x", "reasoning_details": [{"type": "reasoning.encrypted", "data": "…"}]}]}, 400, "messages[0].reasoning_details", "no text"),
+    ("chat/completions", {"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "type": "custom", "custom": {}}]}]}, 400, "messages[0].tool_calls[0].type", "'custom'"),
+    ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages[0].content", "required"),
+    ("chat/completions", {"tools": [{"type": "function", "name": "f"}]}, 400, "tools[0].name", "inside of function"),
+    ("chat/completions", {"tools": [{"type": "function", "function": {"name": "f", "params": {}}}]}, 400, "tools[0].function.params", "did you mean 'parameters'"),
+    ("chat/completions", {"tools": [{"type": "code_interpreter", "container": {"type": "auto"}}]}, 400, "tools[0].type", '{"type": "python"}'),
+    ("chat/completions", {"tools": [{"type": "mcp"}]}, 400, "tools[0].type", "only functions"),
+    ("chat/completions", {"tools": [{"type": "python"}, *TOOLS], "tool_choice": {"type": "function", "function": {"name": "nope"}}}, 400, "tool_choice", "there is python, weather"),
+    ("chat/completions", {"tools": [{"type": "python"}, {"type": "function", "function": {"name": "python"}}]}, 400, "tools", "one name"),
+    ("chat/completions", {"tool_choice": {"type": "allowed_tools"}}, 400, "tool_choice.type", "it takes function"),
+    ("chat/completions", {"response_format": {"type": "text", "json_schema": {"schema": {}}}}, 400, "response_format.json_schema", "write type json_schema"),
+    ("chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"scheme": {}}}}, 400, "response_format.json_schema.scheme", "did you mean 'schema'"),
+    ("chat/completions", {"response_format": {"type": "json_object"}, "guided_regex": "x"}, 400, "response_format", "one form"),
+    ("chat/completions", {"structured_outputs": {"grammar": "x"}}, 400, "structured_outputs.grammar", "not supported"),
+    ("chat/completions", {"guided_json": "not JSON"}, 400, "guided_json", "no JSON object"),
+    ("chat/completions", {"guided_regex": "("}, 400, "guided_regex", "cannot be followed"),
+    ("chat/completions", {"stream_options": {"include_usages": True}}, 400, "stream_options.include_usages", "include_usage"),
+    ("chat/completions", {"reasoning_effort": "minimal"}, 400, "reasoning_effort", "write 'low'"),
+    ("chat/completions", {"chat_template_kwargs": {"reasoning_effort": "xhigh"}}, 400, "chat_template_kwargs.reasoning_effort", "write 'high'"),
+    ("chat/completions", {"chat_template_kwargs": {"enable_thinking": False}}, 400, "chat_template_kwargs.enable_thinking", "always reasons"),
+    ("chat/completions", {"chat_template_kwargs": {"thinking_mode": 1}}, 400, "chat_template_kwargs.thinking_mode", "not known"),
+    ("chat/completions", {"reasoning": {"effort": "low"}, "reasoning_effort": "high"}, 400, "reasoning.effort", "differ"),
+    ("chat/completions", {"reasoning": {"max_tokens": 5}}, 400, "reasoning.max_tokens", "write effort"),
+    ("chat/completions", {"extra_body": {"top_k": 3}}, 400, "extra_body", "beside the other fields"),
+    ("chat/completions", {"min_tokens": 5}, 400, "min_tokens", "not supported"),
+    ("chat/completions", {"top_k": 40}, 400, "top_k", "not supported"),
+    ("chat/completions", {"thinking": {"type": "disabled"}}, 400, "thinking", "reasoning_effort"),
+    ("chat/completions", {"verbosity": "low"}, 400, "verbosity", "in a message"),
+    ("chat/completions", {"max_tokens": 3, "max_completion_tokens": 4}, 400, "max_tokens", "differ"),
+    ("completions", {"tools": []}, 400, "tools", "for chats"),
+    ("responses", {"text": {"verbosity": "high"}}, 400, "text.verbosity", "not supported"),
+    ("responses", {"text": {"format": {"type": "json_schema", "json_schema": {}}}}, 400, "text.format.json_schema", "not known"),
+    ("responses", {"reasoning": {"effort": "none"}}, 400, "reasoning.effort", "write 'low'"),
+    ("responses", {"include": ["everything"]}, 400, "include[0]", "should be"),
+    ("responses", {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools[0].function", "beside type"),
+    ("responses", {"input": [{"type": "message", "role": "user", "content": "x", "arguments": "{}"}]}, 400, "input[0].arguments", "not known"),
+    ("responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, 400, "input[0].content[0].type", "only text"),
+    ("responses", {"input": [{"type": "web_search_call", "id": "w", "status": "completed"}]}, 400, "input[0].type", "'web_search_call'"),
+    ("responses", {"input": [{"type": "reasoning", "summary": [], "encrypted_content": "gAAA"}]}, 400, "input[0].encrypted_content", "only its maker"),
+    ("responses", {"input": [{"role": "tool", "content": "x"}]}, 400, "input[0].role", "should be"),
+    ("responses", {"input": [{"role": "user", "content": "x", "phase": "commentary"}]}, 400, "input[0].phase", "assistant"),
+    ("responses", {"truncation": "auto"}, 400, "truncation", "shorter input"),
+]  # fmt: skip
+"""Fields that would be passed over."""
+
+
 def ask(text, **more):
     return {"model": "base", "messages": [{"role": "user", "content": text}], **more}
 
@@ -227,8 +283,8 @@ def test_completions(client):
     [
         ("chat/completions", {"model": "nope"}, 404, "model", "there is tuned, base"),
         ("chat/completions", {"messages": []}, 400, "messages", "at least 1"),
-        ("chat/completions", {"messages": [{"role": "king", "content": "x"}]}, 400, "messages[0].role", "should be"),
-        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content", "only text"),
+        ("chat/completions", {"messages": [{"role": "king", "content": "x"}]}, 400, "messages[0].role", "'king'; it takes system"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0].type", "only text"),
         ("chat/completions", {"messages": [{"role": "user", "content": "x"}] * 21}, 400, "messages", "at most 20"),
         ("chat/completions", {"messages": [{"role": "user", "content": "x" * 5000}]}, 400, "messages", "at most 4,095"),
         ("chat/completions", {"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
@@ -236,17 +292,17 @@ def test_completions(client):
         ("chat/completions", {"frequency_penalty": 0.5}, 400, "frequency_penalty", "not supported"),
         ("chat/completions", {"logit_bias": {"1": 2}}, 400, "logit_bias", "not supported"),
         ("chat/completions", {"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
-        ("chat/completions", {"max_tokens": 2001}, 400, "max_tokens", "at most 2,000"),
         ("chat/completions", {"n": 100}, 400, "n", "at most 72"),
         ("chat/completions", {"stop": ""}, 400, "stop", "at least 1"),
         ("chat/completions", {"stop": ["x"] * 17}, 400, "stop", "at most 16"),
-        ("chat/completions", {"tool_choice": "required"}, 400, "tool_choice", "needs a function"),
+        ("chat/completions", {"tool_choice": "required"}, 400, "tool_choice", "needs one of tools"),
         ("chat/completions", {"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools[0].function.name", "pattern"),
         ("chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}}, 400, "response_format", "cannot be followed"),
         ("chat/completions", {"response_format": {"type": "json_object"}, "ignore_eos": True}, 400, "ignore_eos", "leave one out"),
         ("responses", {"previous_response_id": "x"}, 400, "previous_response_id", "not supported"),
-        ("responses", {"tools": [{"type": "web_search", "name": "x"}]}, 400, "tools", "only functions"),
-        ("responses", {"input": [{"type": "item_reference", "id": "x"}]}, 400, "input[0].type", "are read here"),
+        ("responses", {"tools": [{"type": "web_search"}]}, 400, "tools[0].type", '{"type": "browser"}'),
+        ("responses", {"input": [{"type": "item_reference", "id": "x"}]}, 400, "input[0].type", "send the item itself"),
+        *FIELDS,
         ("completions", {"prompt": []}, 400, "prompt", "empty"),
         ("completions", {"prompt": [999999]}, 400, "prompt", "outside 0"),
         ("completions", {"suffix": "x"}, 400, "suffix", "not supported"),
@@ -261,11 +317,83 @@ def test_errors_in_openais_shape(server, path, change, status, param, words):
     assert words in error["message"]
 
 
-def test_harmless_unknown_fields_are_ignored(client):
+def test_fields_that_change_no_answer_pass(client):
     answer = client.chat.completions.create(
-        **ask("a", user="me", metadata={"x": "y"}, parallel_tool_calls=True, frequency_penalty=0, extra_body={"odd": 1})
+        **ask(
+            "a",
+            user="me",
+            metadata={"x": "y"},
+            parallel_tool_calls=False,
+            frequency_penalty=0,
+            extra_body={"top_k": 0, "min_p": 0.0, "odd": None, "chat_template_kwargs": {"enable_thinking": True}},
+        )
     )
     assert answer.choices[0].message.content == "base: a"
+
+
+def prompt_size(server, body, path="chat/completions"):
+    """How many tokens the prompt has, a byte a token."""
+    status, _, answer = server.post(f"/v1/{path}", {"model": "base", **body})
+    assert status == 200, answer
+    found = json.loads(answer)["usage"]
+    return found.get("prompt_tokens", found.get("input_tokens"))
+
+
+def test_efforts_by_any_name(server):
+    for effort in ("low", "high"):
+        counts = {
+            prompt_size(server, ask("x", reasoning_effort=effort)),
+            prompt_size(server, ask("x", reasoning={"effort": effort})),
+            prompt_size(server, ask("x", chat_template_kwargs={"reasoning_effort": effort})),
+            prompt_size(server, {"input": "x", "reasoning": {"effort": effort, "summary": "auto"}}, "responses"),
+            prompt_size(server, {"input": "x", "chat_template_kwargs": {"reasoning_effort": effort}}, "responses"),
+        }
+        assert counts == {prompt_size(server, ask("x")) + len(effort) - len("medium")}
+
+
+def test_reasoning_can_be_left_out(client):
+    for options in ({"include_reasoning": False}, {"reasoning": {"exclude": True}}):
+        whole = client.chat.completions.create(**ask("a", extra_body=options)).choices[0].message
+        assert (whole.content, hasattr(whole, "reasoning_content")) == ("base: a", False)
+        chunks = list(client.chat.completions.create(**ask("a", stream=True, extra_body=options)))
+        assert not any(hasattr(chunk.choices[0].delta, "reasoning_content") for chunk in chunks)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "base: a"
+
+
+def test_more_tokens_than_there_are_is_cut_and_told(server, client):
+    cut = client.chat.completions.create(**ask("slow 2500", max_tokens=32000))
+    assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 2000)
+    whole = client.chat.completions.create(**ask("a", max_tokens=2**31, max_completion_tokens=2**31))
+    assert whole.choices[0].finish_reason == "stop"
+    for name in ("max_output_tokens", "max_tokens"):
+        status, _, body = server.post("/v1/responses", {"model": "base", "input": "slow 2500", name: 32000})
+        found = json.loads(body)
+        assert (status, found["status"], found["usage"]["output_tokens"]) == (200, "incomplete", 2000)
+    # The room of the model, less the prompt.
+    long = client.completions.create(model="base", prompt="say " + "x" * 3000, max_tokens=32000)
+    assert (long.choices[0].finish_reason, long.usage.total_tokens) == ("length", 4096)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"response_format": SCHEMA},
+        {"response_format": {"type": "json_schema", "schema": WEATHER["parameters"]}},
+        {"response_format": {"type": "json_object", "schema": WEATHER["parameters"]}},
+        {"guided_json": WEATHER["parameters"]},
+        {"guided_json": json.dumps(WEATHER["parameters"])},
+        {"guided_choice": ['{"city": "Oslo"}']},
+        {"guided_regex": r'\{"city": "(Oslo|Rome)"\}'},
+        {"structured_outputs": {"json": WEATHER["parameters"]}},
+        {"structured_outputs": {"choice": ['{"city": "Rome"}']}},
+        {"structured_outputs": {"regex": r'\{"city": "(Oslo|Rome)"\}'}},
+    ],
+)
+def test_forms_by_any_name(client, options):
+    """The scripted engine takes the last allowed token where its own is not: a form that is not held to would show."""
+    said = "say <|channel|>final<|message|>Not at all what was asked for.<|return|>"
+    answer = client.chat.completions.create(**ask(said, extra_body=options)).choices[0]
+    assert re.match(r'\{"city": ?"(Oslo|Rome)', answer.message.content)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from ossia.infer.engine import Token
 from ossia.model.tokenizer import load_tokenizer
 from ossia.serve.answer import Answer, PlainSplitter
 from ossia.serve.errors import ApiError
-from ossia.serve.grammar import Vocabulary
+from ossia.serve.grammar import Form, Vocabulary
 from ossia.serve.service import check_schema
 from ossia.template import load_template
 
@@ -98,13 +100,45 @@ def test_why_an_answer_ended(template):
         assert answer.reason == reason
 
 
+def follows(words, grammar, text):
+    mask, ids = words.follow(grammar), ids_of(words.template, text)
+    return all(mask(ids[:place])[id] for place, id in enumerate(ids))
+
+
+@pytest.mark.parametrize(
+    ("form", "right", "wrong"),
+    [
+        (Form("f", choice=["a b", 'c"d', "é"]), ["a b", 'c"d', "é"], ["a", "a bc", "c"]),
+        (Form("f", regex=r"a/b|[/\\]+\d"), ["a/b", "//1", "\\9"], ["a", "/x", "a/bc"]),
+        (Form("f", regex="x\ny"), ["x\ny"], ["xy", "x"]),
+        (Form("f", schema={"type": "array", "items": {"type": "integer"}}), ["[1]"], ['["a"]']),
+    ],
+)
+def test_forms_of_the_final_text(template, form, right, wrong):
+    words = Vocabulary(template, 266)
+    grammar = words.grammar(form, [], None)
+    for begin in ("", "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"):
+        for text in right:
+            assert follows(words, grammar, f"{begin}<|channel|>final<|message|>{text}<|return|>"), text
+        for text in wrong:
+            assert not follows(words, grammar, f"{begin}<|channel|>final<|message|>{text}<|return|>"), text
+    assert not follows(words, grammar, "<|channel|>commentary<|message|>")
+
+
+@pytest.mark.parametrize("regex", ["(", "a\\", "x/\nfinal: TEXT\n//"])
+def test_a_regular_expression_cannot_leave_its_place_in_the_grammar(template, regex):
+    words = Vocabulary(template, 266)
+    said = "<|channel|>final<|message|>hello<|return|>"
+    with contextlib.suppress(ApiError):
+        assert not follows(words, words.grammar(Form("guided_regex", regex=regex), [], None), said)
+
+
 def test_json_with_another_chat_format(tiny_llama):
     template = load_template(load_tokenizer(tiny_llama))
     words = Vocabulary(template, len(template.tokenizer))
-    grammar = words.grammar({"type": "object", "properties": {"a": {"type": "integer"}}}, [], None)
+    form = Form("response_format", schema={"type": "object", "properties": {"a": {"type": "integer"}}})
     for text, allowed in (('{"a": 1}<|im_end|>', True), ('{"a": "x"}<|im_end|>', False), ("hi", False)):
-        mask, ids = words.follow(grammar), ids_of(template, text)
-        assert all(mask(ids[:place])[id] for place, id in enumerate(ids)) is allowed
+        assert follows(words, words.grammar(form, [], None), text) is allowed
     with pytest.raises(ApiError, match="only none and auto"):
         words.grammar(None, [{"function": {"name": "f"}}], "f")
 

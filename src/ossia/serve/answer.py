@@ -15,13 +15,20 @@ BREAK = "\n\n"
 
 
 class Delta(NamedTuple):
-    """More of an answer. `call` counts its calls from 0; a call's first delta has its name, later ones arguments."""
+    """More of an answer. `call` counts its calls from 0; a call's first delta has its name, later ones arguments.
+
+    `part` and `channel` are those of the reply (`Piece`). The first `joint` characters of `text` only join it to an
+    earlier part of its kind.
+    """
 
     kind: Literal["reasoning", "content", "call"]
     text: str
+    part: int
+    channel: str
     call: int = 0
     name: str | None = None
     tokens: tuple[Token, ...] = ()
+    joint: int = 0
 
 
 class Splitter(Protocol):
@@ -117,6 +124,7 @@ class Answer:
     def __post_init__(self) -> None:
         self._stop = _Stops(self.stops)
         self._part: int | None = None
+        self._spoken = Piece(0, "final", "")
         self._last: dict[str, int] = {}
         self._seen: list[Token] = []
         self._pending: list[Token] = []
@@ -141,7 +149,7 @@ class Answer:
         if not self.stopped:
             deltas = self._take(self.splitter.rest())
             if not self.stopped:
-                deltas += self._said(self._stop.flush(), everything=True)
+                deltas += self._said(self._stop.flush(), self._spoken, everything=True)
         called = bool(self.calls) and reason == "stop" and not self.stopped
         self.reason = "tool_calls" if called else reason
         return deltas
@@ -155,13 +163,17 @@ class Answer:
                 deltas += self._called(piece)
             elif piece.channel == "analysis":
                 self.reasoned += len(piece.ids)
-                text = self._separated("reasoning", piece, self.reasoning)
+                joint = self._joint("reasoning", piece, self.reasoning)
+                text = joint + piece.text
                 self.reasoning += text
-                deltas += [Delta("reasoning", text)] if text else []
+                if text:
+                    deltas.append(Delta("reasoning", text, piece.part, piece.channel, joint=len(joint)))
             else:
                 self._hold(piece.ids)
-                text = self._separated("content", piece, self.content + self._stop._held)
-                deltas += self._said(self._stop.push(text))
+                self._spoken = piece
+                joint = self._joint("content", piece, self.content + self._stop._held)
+                text = self._stop.push(joint + piece.text)
+                deltas += self._said(text, piece, len(joint) if text.startswith(joint) else 0)
         return deltas
 
     def _called(self, piece: Piece) -> list[Delta]:
@@ -169,18 +181,19 @@ class Answer:
         if piece.part != self._part:
             self._part = piece.part
             self.calls.append(Call(str(piece.call)))
-            deltas.append(Delta("call", "", len(self.calls) - 1, piece.call))
+            deltas.append(Delta("call", "", piece.part, piece.channel, len(self.calls) - 1, piece.call))
         if piece.text:
             self.calls[-1].arguments += piece.text
-            deltas.append(Delta("call", piece.text, len(self.calls) - 1))
+            deltas.append(Delta("call", piece.text, piece.part, piece.channel, len(self.calls) - 1))
         return deltas
 
-    def _separated(self, kind: str, piece: Piece, before: str) -> str:
+    def _joint(self, kind: str, piece: Piece, before: str) -> str:
+        """What stands between `before` and the piece."""
         if not piece.text:
             return ""
         new = before and self._last.get(kind, piece.part) != piece.part
         self._last[kind] = piece.part
-        return (BREAK if new else "") + piece.text
+        return BREAK if new else ""
 
     def _hold(self, ids: tuple[int, ...]) -> None:
         """Move the tokens of `ids`, which are in order among those seen, to the ones that wait for their text."""
@@ -192,18 +205,20 @@ class Answer:
                 pass
             self._pending.append(token)
 
-    def _said(self, text: str, everything: bool = False) -> list[Delta]:
+    def _said(self, text: str, piece: Piece, joint: int = 0, everything: bool = False) -> list[Delta]:
         self.content += text
         tokens: list[Token] = []
         if self.vocabulary is not None:
             # A token goes out with the text that completes it.
-            self._owed += len(text.removeprefix(BREAK).encode())
+            self._owed += len(text[joint:].encode())
             while self._pending and (everything or len(self.vocabulary.bytes(self._pending[0].id)) <= self._owed):
                 token = self._pending.pop(0)
                 self._owed -= len(self.vocabulary.bytes(token.id))
                 tokens.append(token)
             self.tokens += tokens
-        return [Delta("content", text, tokens=tuple(tokens))] if text or tokens else []
+        if not (text or tokens):
+            return []
+        return [Delta("content", text, piece.part, piece.channel, tokens=tuple(tokens), joint=joint)]
 
 
 def usage(prompt_tokens: int, answers: list[Answer]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ossia.config.base import parse_bytes
 from ossia.serve.chat import answer_chat, chat_ask, stream_chat
 from ossia.serve.completions import answer_completion, completion_ask, stream_completion
 from ossia.serve.errors import ApiError
+from ossia.serve.fields import WRONG_FIELD
 from ossia.serve.metrics import CONTENT_TYPE
 from ossia.serve.responses import answer_response, response_ask, stream_response
 from ossia.serve.schema import ChatRequest, CompletionRequest, ResponsesRequest
@@ -291,13 +292,15 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     # Of a field that may be of several types, the one that it is of says more than those that it is not.
-    first = min(error.errors(), key=lambda each: each["type"].endswith("_type"))
+    first = min(error.errors(), key=lambda each: (each["type"] != WRONG_FIELD, each["type"].endswith("_type")))
+    ours = first["ctx"] if first["type"] == WRONG_FIELD else {"field": "", "code": None}
     param = ""
-    for step in filter(_is_field, first["loc"][1:]):
+    for step in (*filter(_is_field, first["loc"][1:]), *filter(None, [ours["field"]])):
         param += f"[{step}]" if isinstance(step, int) else f".{step}" if param else str(step)
-    # The message names what was expected and never repeats what was sent.
-    message = f"{param}: {first['msg']}" if param else first["msg"]
-    return _as_json(ApiError(400, message[:500], param=param[:200] or None))
+    # pydantic's messages name what was expected and never repeat what was sent.
+    between = " " if first["type"] == WRONG_FIELD else ": "
+    message = f"{param}{between}{first['msg']}" if param else first["msg"]
+    return _as_json(ApiError(400, message[:500], param=param[:200] or None, code=ours["code"]))
 
 
 def _is_field(step: int | str) -> bool:

@@ -35,7 +35,7 @@ async def completion_ask(service: Service, body: CompletionRequest) -> Ask:
         sampling=Sampling(
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
-            max_new_tokens=service.room(prompts, body.max_tokens, "max_tokens", DEFAULT_TOKENS),
+            max_new_tokens=service.room(prompts, body.max_tokens, DEFAULT_TOKENS),
             seed=body.seed,
             top_logprobs=body.logprobs,
             ignore_eos=bool(body.ignore_eos),

@@ -1,10 +1,12 @@
-"""Answers that must have a form: JSON of a schema in the final channel, or a call of a function (llguidance)."""
+"""Answers that must have a form: JSON of a schema, a choice or a regular expression in the final channel, or a call
+(llguidance)."""
 
 from __future__ import annotations
 
 import json
+import re
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import llguidance.hf
 import numpy as np
@@ -14,10 +16,34 @@ from torch import Tensor
 
 from ossia.serve.errors import bad
 from ossia.template.base import Template
+from ossia.template.messages import BUILTIN_CALLS, is_builtin
 
 # Free white space would let a weak model write blanks for ever.
 _SPACING = {"whitespace_flexible": False, "item_separator": r",[ \n]?", "key_separator": ": ?"}
 _TEXT = r"TEXT: /(.|\n)*/"
+
+
+class Form(NamedTuple):
+    """What the final text must be: JSON of a schema, one of some texts, or what a regular expression matches whole.
+
+    `field` is the field of the request that asks for it.
+    """
+
+    field: str
+    schema: dict[str, Any] | None = None
+    choice: list[str] | None = None
+    regex: str | None = None
+
+    def rule(self) -> str:
+        """The form as the right side of a rule of llguidance's Lark dialect."""
+        if self.schema is not None:
+            return _json(self.schema)
+        if self.choice is not None:
+            return " | ".join(json.dumps(text) for text in self.choice)
+        assert self.regex is not None
+        # A slash ends the expression in the grammar.
+        pattern = re.sub(r"\\.|/", lambda found: found[0] if found[0] != "/" else r"\/", self.regex, flags=re.DOTALL)
+        return f"/{pattern}/".replace("\n", r"\n")
 
 
 class Vocabulary:
@@ -46,56 +72,59 @@ class Vocabulary:
         """The same, as far as it is text."""
         return self.bytes(id).decode("utf-8", errors="replace")
 
-    def grammar(
-        self,
-        schema: dict[str, Any] | None,
-        tools: list[dict[str, Any]],
-        call: str | None,
-    ) -> LLMatcher:
+    def grammar(self, form: Form | None, tools: list[dict[str, Any]], call: str | None) -> LLMatcher:
         """The grammar of a whole answer, reasoning included; takes up to a second.
 
         Args:
-            schema: of the final text; None where it is free.
-            tools: functions that may be called.
-            call: None: calls are optional; "" : one must be called; else: this one must be.
+            form: of the final text; None where it is free.
+            tools: functions and built-in tools that may be called.
+            call: None: calls are optional; "": one must be called; else: this one must be.
 
         Raises:
-            ApiError: 400 for a schema that cannot be followed.
+            ApiError: 400 for a form that cannot be followed.
         """
         harmony = self.template.name == "harmony"
         if call is not None and not harmony:
             raise bad("tool_choice: this model's chat format allows only none and auto", "tool_choice")
-        final = "TEXT" if schema is None else _json(schema)
+        field = "tools" if form is None else form.field
+        final = "TEXT" if form is None else form.rule()
         if not harmony:
             opener = 'TEXT "</think>" ' if getattr(self.template, "opens_thinking", False) else ""
-            return self._compiled(f"%llguidance {{}}\nstart: {opener}final\nfinal: {final}\n{_TEXT}\n")
-        functions = [tool["function"] for tool in tools if not call or tool["function"]["name"] == call]
-        ends = (["final"] if call is None else []) + [f"call_{index}" for index in range(len(functions))]
+            return self._compiled(f"%llguidance {{}}\nstart: {opener}final\nfinal: {final}\n{_TEXT}\n", field)
+        calls = [rule for tool in tools if not call or tool_name(tool) == call for rule in self._calls(tool)]
+        ends = (["final"] if call is None else []) + [f"call_{index}" for index in range(len(calls))]
         lines = [
             "%llguidance {}",
             f"start: analysis* ({' | '.join(ends)})",
             'analysis: <|channel|> "analysis" <|message|> TEXT <|end|> <|start|> "assistant"',
-            f'final: <|channel|> "final" <|message|> {final}',
+            'final: <|channel|> "final" <|message|> form',
+            f"form: {final}",
             _TEXT,
+            *(f"call_{index}: {rule}" for index, rule in enumerate(calls)),
         ]
+        return self._compiled("\n".join(lines) + "\n", field)
+
+    def _calls(self, tool: dict[str, Any]) -> list[str]:
+        """The calls of a tool, each as the right side of a rule."""
+        if is_builtin(tool):
+            return [
+                f'" to={name}" <|channel|> "analysis code" <|message|> TEXT <|call|>'
+                for name in BUILTIN_CALLS[tool["type"]]
+            ]
+        name = json.dumps(f" to=functions.{tool['function']['name']}")
+        arguments = _json(tool["function"].get("parameters") or {"type": "object"})
         constrain = "<|constrain|>" if "<|constrain|>" in self.template.tokenizer.get_vocab() else ""
-        for index, function in enumerate(functions):
-            name = json.dumps(f" to=functions.{function['name']}")
-            arguments = _json(function.get("parameters") or {"type": "object"})
-            lines.append(
-                f'call_{index}: {name} <|channel|> "commentary " {constrain} "json" <|message|> {arguments} <|call|>'
-            )
-        return self._compiled("\n".join(lines) + "\n")
+        return [f'{name} <|channel|> "commentary " {constrain} "json" <|message|> {arguments} <|call|>']
 
     def follow(self, grammar: LLMatcher) -> Mask:
         """A fresh mask that makes one answer follow the grammar, for `Engine.submit`."""
         return Mask(grammar.deep_copy(), self.size, self.template.stop_ids[0])
 
-    def _compiled(self, grammar: str) -> LLMatcher:
+    def _compiled(self, grammar: str, field: str) -> LLMatcher:
         matcher = LLMatcher(self._words, grammar, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error().splitlines()[0][:300]
-            raise bad(f"this schema cannot be followed: {reason}", "response_format", "unsupported_schema")
+            raise bad(f"the form that {field} asks for cannot be followed: {reason}", field, "unsupported_schema")
         return matcher
 
 
@@ -122,6 +151,12 @@ class Mask:
             allowed[:] = False
             allowed[self._end] = True
         return torch.from_numpy(allowed)
+
+
+def tool_name(tool: dict[str, Any]) -> str:
+    """The name that `tool_choice` gives a tool: its function's, or the type of a built-in one."""
+    name: str = tool["type"] if is_builtin(tool) else tool["function"]["name"]
+    return name
 
 
 def _json(schema: dict[str, Any]) -> str:

@@ -3,46 +3,59 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Literal
 
 from ossia.infer.engine import Sampling
 from ossia.serve.answer import BREAK, Answer, Delta
-from ossia.serve.chat import logprobs, plain_content, prepare
+from ossia.serve.chat import chosen, logprobs, part_text, plain_content, prepare, spoken, template_effort, with_builtins
 from ossia.serve.errors import ApiError, bad
-from ossia.serve.schema import InputItem, ResponsesRequest
+from ossia.serve.fields import one_value
+from ossia.serve.grammar import Form
+from ossia.serve.schema import (
+    LOGPROBS,
+    CallItem,
+    MessageItem,
+    ReasoningItem,
+    ResponsesRequest,
+    ResponsesTool,
+    ResultItem,
+)
 from ossia.serve.service import Ask, Run, Service, event, new_id
-from ossia.template.messages import Message, ToolCall
+from ossia.template.history import History
+from ossia.template.messages import Message, ToolCall, calls_builtin
 
-LOGPROBS = "message.output_text.logprobs"
+PHASES: dict[str, Literal["commentary", "final"]] = {"commentary": "commentary", "final_answer": "final"}
+"""OpenAI's names for what is said before the model goes on and for what it ends with, and harmony's channels."""
 
 
 async def response_ask(service: Service, body: ResponsesRequest) -> Ask:
     """What a response asks of the engine; ApiError names what is wrong."""
     name, adapter = service.model(body.model)
-    tools = []
-    for tool in body.tools or []:
-        if tool.type != "function":
-            raise bad(f"a tool is of type {tool.type!r:.60}; only functions are supported here", "tools")
-        tools.append({"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})})
-    choice = body.tool_choice or "auto"
-    call: str | None = None
-    if not isinstance(choice, str):
-        if choice.type != "function" or not choice.name:
-            raise bad("tool_choice takes none, auto, required or a function", "tool_choice")
-        call = choice.name
-    elif choice == "required":
-        call = ""
-    messages = conversation(body, service.config.max_messages)
-    effort = body.reasoning.effort if body.reasoning else None
-    prompt, grammar = await prepare(service, adapter, messages, tools, choice == "none", call, _schema(body), effort)
+    tools = [
+        {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})}
+        if isinstance(tool, ResponsesTool)
+        else tool.model_dump()
+        for tool in body.tools or []
+    ]
+    tools = with_builtins(tools, body.builtin_tools, body.chat_template_kwargs)
+    hidden, call = body.tool_choice == "none", chosen(body.tool_choice)
+    messages = conversation(body, service.config.max_messages, tools)
+    effort = one_value(
+        {
+            "reasoning.effort": body.reasoning and body.reasoning.effort,
+            "chat_template_kwargs.reasoning_effort": template_effort(body.chat_template_kwargs),
+        }
+    )
+    prompt, grammar = await prepare(service, adapter, messages, tools, hidden, call, _form(body), effort)
+    asked = one_value({"max_output_tokens": body.max_output_tokens, "max_tokens": body.max_tokens})
     wanted = LOGPROBS in (body.include or []) or body.top_logprobs is not None
     return Ask(
         prompts=[prompt],
         sampling=Sampling(
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
-            max_new_tokens=service.room([prompt], body.max_output_tokens, "max_output_tokens"),
+            max_new_tokens=service.room([prompt], asked),
             seed=body.seed,
             top_logprobs=(body.top_logprobs or 0) if wanted else None,
         ),
@@ -107,12 +120,11 @@ class _Items:
 
     def push(self, delta: Delta) -> Events:
         events: Events = []
-        kind = (delta.kind, delta.call)
-        text = delta.text
+        kind = (delta.kind, delta.part)
+        text = delta.text[delta.joint :]
         if kind != self._kind:
             events += self.close()
-            events += self._open(kind, delta.name)
-            text = text.removeprefix(BREAK) if delta.kind != "call" else text
+            events += self._open(delta)
         found = logprobs(list(delta.tokens), self._answer.vocabulary)
         entries = found["content"] if found else []
         self._text += text
@@ -149,20 +161,21 @@ class _Items:
         self._kind, self._text, self._logprobs = None, "", []
         return events
 
-    def _open(self, kind: tuple[str, int], name: str | None) -> Events:
-        self._kind = kind
+    def _open(self, delta: Delta) -> Events:
+        self._kind = (delta.kind, delta.part)
         new: dict[str, Any]
-        if kind[0] == "call":
-            new = {"id": new_id("fc_"), "type": "function_call", "call_id": new_id("call_"), "name": name}
+        if delta.kind == "call":
+            new = {"id": new_id("fc_"), "type": "function_call", "call_id": new_id("call_"), "name": delta.name}
             new |= {"arguments": "", "status": "in_progress"}
-        elif kind[0] == "reasoning":
+        elif delta.kind == "reasoning":
             new = {"id": new_id("rs_"), "type": "reasoning", "summary": [], "content": [], "status": "in_progress"}
         else:
             new = {"id": new_id("msg_"), "type": "message", "role": "assistant", "content": []}
             new |= {"status": "in_progress"}
+            new["phase"] = "commentary" if delta.channel == "commentary" else "final_answer"
         self.items.append(new)
         events: Events = [("response.output_item.added", {"output_index": len(self.items) - 1, "item": dict(new)})]
-        if kind[0] != "call":
+        if delta.kind != "call":
             events.append(("response.content_part.added", {**self._where(0), "part": self._part("")}))
         return events
 
@@ -200,13 +213,17 @@ def _head(body: ResponsesRequest, model: str) -> dict[str, Any]:
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "text": {"format": form.model_dump(exclude_none=True, by_alias=True) if form else {"type": "text"}},
         "tool_choice": choice if isinstance(choice, str) else choice.model_dump(exclude_none=True),
-        "tools": [
-            {"parameters": None, "strict": False, **tool.model_dump(exclude_none=True)} for tool in body.tools or []
-        ],
+        "tools": with_builtins(list(map(_echoed, body.tools or [])), body.builtin_tools, body.chat_template_kwargs),
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": "disabled",
         "usage": None,
     }
+
+
+def _echoed(tool: Any) -> dict[str, Any]:
+    """A tool as responses give it back."""
+    optional = {"parameters": None, "strict": False} if isinstance(tool, ResponsesTool) else {}
+    return {**optional, **tool.model_dump(exclude_none=True)}
 
 
 def _finished(head: dict[str, Any], run: Run, items: _Items) -> dict[str, Any]:
@@ -227,58 +244,71 @@ def _finished(head: dict[str, Any], run: Run, items: _Items) -> dict[str, Any]:
     }
 
 
-def conversation(body: ResponsesRequest, most: int) -> list[Message]:
-    """The input as messages; ApiError names the first item that cannot be one."""
-    messages = [Message("developer", body.instructions)] if body.instructions else []
+def conversation(body: ResponsesRequest, most: int, tools: Sequence[dict[str, Any]] = ()) -> list[Message]:
+    """The input as messages; ApiError names the first item that cannot be one. `tools` are those declared."""
+    history = History()
+    if body.instructions:
+        history.add(Message("developer", body.instructions))
     if isinstance(body.input, str):
-        return [*messages, Message("user", body.input)]
+        history.add(Message("user", body.input))
+        return history.messages()
     if len(body.input) > most:
         raise bad(f"{len(body.input)} items of input; at most {most} are taken here", "input")
-    called: dict[str, str] = {}
-    thinking: str | None = None
+    called: dict[str, ToolCall] = {}
     for place, item in enumerate(body.input):
         field = f"input[{place}]"
-        kind = item.type or "message"
-        if kind == "reasoning":
-            thinking = plain_content(item.content, field) or None
-        elif kind == "message":
-            if item.role is None:
-                raise bad(f"{field} has no role", f"{field}.role")
-            content = plain_content(item.content, field)
-            said = item.role == "assistant"
-            messages.append(Message(item.role, content, thinking if said else None))
-            thinking = None if said else thinking
-        elif kind == "function_call":
-            call = _call(item, field)
-            called[item.call_id or ""] = call.name
-            if messages and messages[-1].role == "assistant":
-                messages[-1].tool_calls += (call,)
-            else:
-                messages.append(Message("assistant", "", thinking, (call,)))
-                thinking = None
-        elif kind == "function_call_output":
-            if item.call_id not in called:
+        if isinstance(item, ReasoningItem):
+            if text := _reasoning(item, field):
+                history.reasoned(text)
+        elif isinstance(item, MessageItem):
+            _message(history, item, field)
+        elif isinstance(item, CallItem):
+            called[item.call_id] = ToolCall(item.name, item.arguments, calls_builtin(item.name, tools))
+            history.called(called[item.call_id])
+        elif isinstance(item, ResultItem):
+            if (call := called.get(item.call_id)) is None:
                 raise bad(f"{field} answers the call {item.call_id!r:.80}, which is not before it", f"{field}.call_id")
-            messages.append(Message("tool", plain_content(item.output, field), name=called[item.call_id]))
-        else:
-            raise bad(f"{field} is a {kind!r:.60}; messages, reasoning and functions are read here", f"{field}.type")
+            content = plain_content(item.output, field)
+            history.add(Message("tool", content, name=call.name, builtin=call.builtin))
+    messages = history.messages()
     if not messages:
         raise bad("input is empty", "input")
     return messages
 
 
-def _call(item: InputItem, field: str) -> ToolCall:
-    if not item.name or item.arguments is None or not item.call_id:
-        raise bad(f"{field} needs name, arguments and call_id", field)
-    return ToolCall(item.name, item.arguments)
+def _message(history: History, item: MessageItem, field: str) -> None:
+    if item.role != "assistant":
+        if item.phase is not None:
+            raise bad(f"{field} ({item.role}) has a phase; only what an assistant says has", f"{field}.phase")
+        history.add(Message(item.role, plain_content(item.content, field)))
+        return
+    channel = None if item.phase is None else PHASES[item.phase]
+    for kind, text in spoken(item.content):
+        if kind == "reasoning":
+            history.reasoned(text)
+        else:
+            history.said(text, channel)
 
 
-def _schema(body: ResponsesRequest) -> dict[str, Any] | None:
+def _reasoning(item: ReasoningItem, field: str) -> str:
+    """The reasoning of an item, or its summary; ApiError where it can only be decrypted by whoever made it."""
+    content = item.content if isinstance(item.content, str) else "".join(map(part_text, item.content or []))
+    if text := content or BREAK.join(map(part_text, item.summary or [])):
+        return text
+    if item.encrypted_content:
+        raise bad(
+            f"{field} is reasoning that only its maker can decrypt; send its content or summary, or leave the item out",
+            f"{field}.encrypted_content",
+        )
+    return ""
+
+
+def _form(body: ResponsesRequest) -> Form | None:
     form = body.text.format if body.text else None
     if form is None or form.type == "text":
+        if form is not None and form.schema_ is not None:
+            raise bad("text.format of type text takes no schema; write type json_schema", "text.format.schema")
         return None
-    if form.type == "json_object":
-        return {"type": "object"}
-    if form.schema_ is None:
+    if form.schema_ is None and form.type == "json_schema":
         raise bad("text.format of type json_schema needs schema", "text.format")
-    return form.schema_
+    return Form("text.format", schema={"type": "object"} if form.schema_ is None else form.schema_)

@@ -18,12 +18,13 @@ from ossia.errors import OssiaError
 from ossia.infer.engine import Engine, Sampling, Token
 from ossia.serve.answer import Answer, Delta, Splitter, usage
 from ossia.serve.errors import ApiError, bad
-from ossia.serve.grammar import Mask, Vocabulary
+from ossia.serve.grammar import Form, Mask, Vocabulary
 from ossia.serve.metrics import Metrics
 from ossia.serve.schema import StreamOptions
 from ossia.serve.worker import Prompt, Work, Worker
 from ossia.template.base import Template
-from ossia.template.messages import Message
+from ossia.template.generic import GenericTemplate
+from ossia.template.messages import Message, is_builtin
 
 DEEPEST = 32
 """Levels that a schema may have; rendering it takes several calls a level."""
@@ -93,7 +94,7 @@ class Run:
                     yield index, deltas
                 continue
             if (mask := self._masks[index]) is not None and mask.failed:
-                raise bad(f"the answer could not follow the schema ({mask.failed[:200]})", "response_format")
+                raise bad(f"the answer could not follow its form ({mask.failed[:200]})", "response_format")
             yield index, answer.end(item.reason)
 
     async def chunks(
@@ -101,14 +102,15 @@ class Run:
         head: dict[str, Any],
         options: StreamOptions | None,
         begin: Sequence[tuple[int, dict[str, Any]]],
-        piece: Callable[[Answer, Delta | None], dict[str, Any]],
+        piece: Callable[[Answer, Delta | None], dict[str, Any] | None],
     ) -> AsyncIterator[str]:
         """The answers as server-sent events of chats and completions.
 
         Args:
             head: of each.
             begin: (answer, choice) that come before all.
-            piece: the choice that holds a delta of an answer; of None: the one that ends it.
+            piece: the choice that holds a delta of an answer, None for one that is not told; of None: the one that
+                ends it.
         """
         with_usage = bool(options and options.include_usage)
 
@@ -122,9 +124,10 @@ class Run:
             async for index, deltas in self.deltas():
                 answer = self.answers[index]
                 for delta in deltas:
-                    yield chunk(index, piece(answer, delta))
+                    if (told := piece(answer, delta)) is not None:
+                        yield chunk(index, told)
                 if answer.reason is not None:
-                    yield chunk(index, piece(answer, None), answer.reason)
+                    yield chunk(index, piece(answer, None) or {}, answer.reason)
             if with_usage:
                 yield event({**head, "choices": [], "usage": usage(self.prompt_tokens, self.answers)})
         except ApiError as error:
@@ -186,20 +189,26 @@ class Service:
     async def prompt(
         self, adapter: str | None, messages: list[Message], tools: Sequence[dict[str, Any]], effort: str | None
     ) -> list[int]:
-        """Token ids after which the model answers."""
+        """Token ids after which the model answers; ApiError for what the model's chat template would not show."""
         template = self.templates[adapter]
+        if isinstance(template, GenericTemplate):
+            if effort is not None and not template.reads("reasoning_effort"):
+                raise bad("this model's chat template has no reasoning effort; leave it out", "reasoning_effort")
+            if any(map(is_builtin, tools)):
+                raise bad("only gpt-oss has built-in tools; this model takes functions", "tools")
+            if tools and not template.reads("tools"):
+                raise bad("this model's chat template shows no tools; leave them out", "tools")
+            if any(message.tool_calls for message in messages) and not template.reads("tool_calls"):
+                raise bad("this model's chat template shows no tool calls; write them as text", "messages")
         return await self.off_loop(lambda: template.prompt(messages, tools=tools, reasoning_effort=effort))
 
-    async def grammar(self, schema: dict[str, Any] | None, tools: list[dict[str, Any]], call: str | None) -> LLMatcher:
+    async def grammar(self, form: Form | None, tools: list[dict[str, Any]], call: str | None) -> LLMatcher:
         """See `Vocabulary.grammar`."""
-        return await self.off_loop(lambda: self.vocabulary.grammar(schema, tools, call))
+        return await self.off_loop(lambda: self.vocabulary.grammar(form, tools, call))
 
-    def room(self, prompts: list[list[int]], asked: int | None, field: str, default: int | None = None) -> int:
-        """Tokens that an answer to the longest prompt may have.
-
-        Raises:
-            ApiError: a prompt over the limits, or more asked for than there is room.
-        """
+    def room(self, prompts: list[list[int]], asked: int | None, default: int | None = None) -> int:
+        """Tokens that an answer to the longest prompt may have: what is asked for, cut to the limits, which the
+        answer's end then tells. ApiError for a prompt over them."""
         longest, limits = max(map(len, prompts)), self.config
         most = self.engine.max_length
         if not min(map(len, prompts)):
@@ -211,18 +220,7 @@ class Service:
                 "messages",
                 "context_length_exceeded",
             )
-        if asked is None:
-            return min(default or limits.max_new_tokens, limits.max_new_tokens, most - longest)
-        if asked > limits.max_new_tokens:
-            raise bad(f"{field} is {asked:,}; at most {limits.max_new_tokens:,} are generated here", field)
-        if longest + asked > most:
-            raise bad(
-                f"the prompt's {longest:,} tokens and {field} {asked:,} are {longest + asked:,}; the model has room "
-                f"for {most:,}",
-                field,
-                "context_length_exceeded",
-            )
-        return asked
+        return min(asked or default or limits.max_new_tokens, limits.max_new_tokens, most - longest)
 
 
 def new_id(kind: str) -> str:

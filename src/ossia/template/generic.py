@@ -101,6 +101,10 @@ class GenericTemplate:
         settings = (self.name, self._source, self.system, self.reasoning_effort, self.model_identity, self.loss)
         return digest(self.tokenizer, *settings)
 
+    def reads(self, variable: str) -> bool:
+        """Whether the template looks at a variable such as `tools`."""
+        return variable in self._source
+
     def render(self, conversation: Conversation) -> Rendered:
         """Tokens of a training row.
 
