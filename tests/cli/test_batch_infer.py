@@ -10,9 +10,17 @@ import sys
 import time
 
 import pytest
+from tests.served import ScriptedEngine
 
 from ossia.cli import main
+from ossia.config import InferConfig
+from ossia.data.formats import read_row
 from ossia.infer import metrics
+from ossia.infer.batch import Answers, row_message
+from ossia.model.tokenizer import load_tokenizer
+from ossia.template import load_template
+from ossia.template.history import split_answer
+from ossia.template.messages import Message, ToolCall
 
 ROWS, NEW = 40, 90
 
@@ -82,7 +90,11 @@ def check_rows(text):
     for number, row in enumerate(rows):
         assert row["messages"][0]["content"].startswith(f"{number}? ")
         assert row["labels"] == (f"答 {number}" if number % 2 else None)
-        assert row["messages"][-1] == {"role": "assistant", "content": row["response"]}
+        said = row["messages"][1:]
+        assert all(message["role"] == "assistant" for message in said)
+        assert "\n\n".join(message["content"] for message in said if message["content"]) == row["response"]
+        assert "\n\n".join(message["thinking"] for message in said if "thinking" in message) == (row["reasoning"] or "")
+        assert row["tools"] is None
         assert row["finish_reason"] in ("stop", "length")
         assert 0 < row["completion_tokens"] <= NEW
         assert row["prompt_tokens"] > 20
@@ -99,7 +111,6 @@ def check_rows(text):
 
 
 def test_draws_do_not_depend_on_the_batch(ossia, tiny_gpt_oss, questions, tmp_path):
-    from ossia.config import InferConfig
     from ossia.infer.run import run
 
     written = []
@@ -150,6 +161,105 @@ def test_bad_rows_stop_it_or_are_left_out(tiny_gpt_oss, tmp_path, capsys):
     answers = [json.loads(line) for line in result.read_text(encoding="utf-8").splitlines()]
     assert [row["messages"][0]["content"] for row in answers] == ["Are you Ossia?", "kept"]
     assert [row["labels"] for row in answers] == ["Yes", "Yes"]
+
+
+LAMP = {"type": "function", "function": {"name": "lamp", "parameters": {"type": "object"}}}
+THOUGHT = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+CALL = " to=functions.lamp<|channel|>commentary <|constrain|>json<|message|>"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def lamp(arguments, **more):
+    call = {"type": "function", "function": {"name": "lamp", "arguments": arguments}}
+    return {"role": "assistant", "content": "", **more, "tool_calls": [call]}
+
+
+def without_channel(message):
+    return {name: value for name, value in message.items() if name != "channel"}
+
+
+def test_calls_are_answers(tiny_gpt_oss, tmp_path, capsys):
+    """The engine says what the rows tell it to; the result is read again as rows that train the same calls."""
+    told = [
+        # What the model is to say, what the row says.
+        (f'{CALL}{{"on": true, "at": [1, 2]}}<|call|>', lamp('{"at": [1, 2], "on": true}')),
+        (f'{THOUGHT}{CALL}{{"on": 1}}<|call|>', lamp('{"on": true}', thinking="dark")),
+        (f'{THOUGHT}<|channel|>commentary<|message|>Now.<|end|><|start|>assistant{THOUGHT}{CALL}{{}}<|call|>', lamp("{}")),
+        ("<|channel|>final<|message|>No.<|return|>", lamp("{}")),
+        (f"{CALL}{{}}<|call|>", {"role": "assistant", "content": "Yes"}),
+        ("<|channel|>final<|message|>Yes<|return|>", {"role": "assistant", "content": "Yes"}),
+    ]  # fmt: skip
+    rows = [{"messages": [user(f"say {said}"), label], "tools": [LAMP]} for said, label in told]
+    rows.append({"messages": [user("Light!"), lamp("{}"), {"role": "tool", "content": "it is on"}], "tools": [LAMP]})
+    file, result = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    template = load_template(load_tokenizer(tiny_gpt_oss), "harmony")
+    flags = ["--model", str(tiny_gpt_oss), "--val_dataset", str(file), "--result_path", str(result)]
+    answers = Answers.of(InferConfig.from_args(flags, "ossia infer", ""), tiny_gpt_oss, template)
+    answers.answer(ScriptedEngine(template, 300))
+    answers.finish()
+
+    found = [json.loads(line) for line in result.read_text(encoding="utf-8").splitlines()]
+    assert [row["response"] for row in found] == [
+        'lamp({"on": true, "at": [1, 2]})', 'lamp({"on": 1})', "Now.\nlamp({})", "No.", "lamp({})", "Yes",
+        "base: told it is on",
+    ]  # fmt: skip
+    assert [row["labels"] for row in found] == [
+        'lamp({"at": [1, 2], "on": true})', 'lamp({"on": true})', "lamp({})", "lamp({})", "Yes", "Yes", None,
+    ]  # fmt: skip
+    assert found[1]["messages"][1:] == [lamp('{"on": 1}', thinking="hm")]
+    assert found[2]["messages"][1:] == [
+        {"role": "assistant", "content": "Now.", "thinking": "hm", "channel": "commentary"},
+        lamp("{}", thinking="hm"),
+    ]
+    assert found[6]["messages"][1:3] == [lamp("{}"), {"role": "tool", "content": "it is on", "name": "lamp"}]
+    assert all(row["tools"] == [LAMP] for row in found)
+    said = capsys.readouterr().out
+    assert "2 rows with answers of their own: exact match 50.0 %" in said
+    assert "4 rows whose answer is a call: 3 answered with a call, 2 with the same (name and arguments)" in said
+    assert "1 row whose answer is a text answered with a call" in said
+    for row in found:
+        read = read_row(row, "result").conversation
+        assert [without_channel(row_message(message)) for message in read.messages] == list(
+            map(without_channel, row["messages"])
+        )
+        assert read.tools == row["tools"]
+        assert any(template.render(read).loss_weights)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ('{"a": 1, "b": [2]}', '{"b":[2],"a":1.0}', True),
+        ('{"a": true}', '{"a": 1}', False),
+        ('{"a": [1, 2]}', '{"a": [2, 1]}', False),
+        ('{"a": 1}', '{"a": 1, "b": null}', False),
+        ("print(1)", "print(1)\n", True),
+        ("print(1)", "print(2)", False),
+        ("{", "{}", False),
+    ],
+)
+def test_calls_that_are_the_same(one, other, same):
+    assert metrics.same_call(ToolCall("f", one), ToolCall("functions.f", other)) is same
+    assert not metrics.same_call(ToolCall("f", one), ToolCall("g", one))
+
+
+def test_an_answer_is_as_much_as_is_said_at_once():
+    thought, said = Message("assistant", "", "hm"), Message("assistant", "Now.", channel="commentary")
+    call, final = Message("assistant", tool_calls=(ToolCall("f", "{}"),)), Message("assistant", "Yes")
+    asked, result = Message("user", "?"), Message("tool", "ok", name="f")
+    for before, answer in (
+        ([asked], [thought, said, thought, call]),
+        ([asked, call, result], [said, final]),
+        ([asked, final], [final]),
+        ([asked, call], [thought, call]),
+        ([asked, call, result], []),
+        ([], [thought, final]),
+    ):
+        assert split_answer([*before, *answer]) == (before, answer)
 
 
 def test_metrics_know_chinese():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -13,6 +14,16 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from tests.stub import StubEngine
+
+from ossia.config import InferConfig
+from ossia.infer.chat import ask
+from ossia.infer.commands import run_command
+from ossia.infer.engine import Sampling
+from ossia.infer.session import Session
+from ossia.model.tokenizer import load_tokenizer
+from ossia.template import load_template
 
 
 def test_commands_and_questions_over_a_pipe(ossia, tiny_gpt_oss, rows, tmp_path):
@@ -38,6 +49,33 @@ def test_commands_and_questions_over_a_pipe(ossia, tiny_gpt_oss, rows, tmp_path)
     assert tuned == first
     assert without.startswith(base)
     assert base != first
+
+
+def test_calls_stay_in_the_conversation(tiny_gpt_oss, tmp_path):
+    template = load_template(load_tokenizer(tiny_gpt_oss), "harmony")
+    engine = StubEngine(template)
+    thought = "<|channel|>analysis<|message|>dark<|end|><|start|>assistant"
+    call = " to=functions.lamp<|channel|>commentary <|constrain|>json<|message|>{}<|call|>"
+    said = f"{thought}<|channel|>commentary<|message|>Now.<|end|><|start|>assistant{thought}{call}"
+    engine.reply = template.tokenizer(said)["input_ids"]
+    console = Console(file=io.StringIO(), width=200)
+    session = Session(engine, InferConfig(model=str(tiny_gpt_oss)), console)
+    session.ask("Light!")
+    assert "lamp({})" in console.file.getvalue()
+    run_command(session, f"/save {tmp_path / 'kept.jsonl'}")
+    row = json.loads((tmp_path / "kept.jsonl").read_text(encoding="utf-8"))
+    made = [{"type": "function", "function": {"name": "lamp", "arguments": "{}"}}]
+    assert row["messages"] == [
+        {"role": "user", "content": "Light!"},
+        {"role": "assistant", "content": "Now.", "thinking": "dark", "channel": "commentary"},
+        {"role": "assistant", "content": "", "thinking": "dark", "tool_calls": made},
+    ]
+    session.ask("And now?")
+    assert "to=functions.lamp" in template.tokenizer.decode(engine.asked[-1][0])
+    run_command(session, "/undo")
+    assert "1 exchanges are left" in console.file.getvalue()
+    engine.generate = lambda *_: [engine.reply]
+    assert ask(engine, "Light!", Sampling()) == "(dark\n\ndark) Now.\nlamp({})"
 
 
 class Terminal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from ossia.adapters.inject import add_lora
 from ossia.adapters.io import save_adapter
+from ossia.config import InferConfig, VerifyConfig
+from ossia.export import verify
 from ossia.model.load import load_model
+from ossia.model.tokenizer import load_tokenizer
+from ossia.template import load_template
+from ossia.template.messages import Conversation, Message, ToolCall
 
 QUICK = ("--max_new_tokens", 4, "--prompts", 2, "--device", "cpu")
 
@@ -85,3 +91,30 @@ def test_bad_input_is_said_before_anything_loads(ossia, tiny_gpt_oss, tmp_path, 
     (tmp_path / "text.jsonl").write_text('{"text": "only a text"}\n')
     names = {"exported": tiny_gpt_oss, "empty": tmp_path / "empty", "text": tmp_path / "text.jsonl"}
     assert message in ossia.fails(2, "verify", *(arg.format(**names) for arg in args))
+
+
+def test_calls_are_told_with_the_answers(tiny_gpt_oss, monkeypatch):
+    """An engine that always calls; a row that ends in reasoning and a call is asked for all of it."""
+    template = load_template(load_tokenizer(tiny_gpt_oss), "harmony")
+    said = " to=functions.lamp<|channel|>commentary <|constrain|>json<|message|>{}<|call|>"
+    asked = []
+
+    class Engine:
+        def __init__(self, template):
+            self.template = template
+            self.model = lambda input_ids, use_cache: SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 300))
+            self.model.device = torch.device("cpu")
+
+        def generate(self, prompts, sampling):
+            asked.extend(prompts)
+            return [self.template.tokenizer(said)["input_ids"]]
+
+    monkeypatch.setattr("ossia.infer.run.load_engine", lambda options: Engine(template))
+    question = Message("user", "Light!")
+    call = Message("assistant", tool_calls=(ToolCall("lamp", "{}"),))
+    row = Conversation([question, Message("assistant", "", "hm"), call])
+    config = VerifyConfig(original="a", exported="b", prompts=2)
+    reading = verify._read(InferConfig(model=str(tiny_gpt_oss)), [row], config)
+    assert reading.shown == ["lamp({})"] * 2
+    assert asked[1] == template.prompt([question])
+    assert "hm" in template.tokenizer.decode(reading.rows[0])

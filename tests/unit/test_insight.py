@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from ossia.adapters.inject import add_lora
-from ossia.data.store import CHANNELS
+from ossia.data.store import CHANNELS, TokenRow
 from ossia.kernels.linear_cross_entropy import linear_cross_entropy
 from ossia.model.gpt_oss import ExpertLoad, Router
 from ossia.model.load import load_model
 from ossia.model.loss import loss_from_logits
-from ossia.template.messages import Reply
+from ossia.model.tokenizer import load_tokenizer
+from ossia.template import load_template
+from ossia.template.messages import Conversation, Message, Reply, ToolCall
 from ossia.train.insight import GradientCallback, SampleCallback, gradient_groups
 from ossia.train.trainer import _split, _Sums
 
@@ -134,6 +137,24 @@ def test_a_sample_that_fails_ends_the_samples_only(tmp_path, model, capsys, monk
     assert capsys.readouterr().out == "no more sample answers: division by zero\n"
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [(row["step"], row["base"], row["answer"]) for row in rows] == [(0, True, "x")]
+
+
+def test_sample_answers_show_calls(tmp_path, tiny_gpt_oss, model, monkeypatch):
+    template = load_template(load_tokenizer(tiny_gpt_oss), "harmony")
+    called = (ToolCall("lamp", '{"on": true}'),)
+    row = template.render(Conversation([Message("user", "Light!"), Message("assistant", tool_calls=called)]))
+    rows = [TokenRow(*(np.array(values) for values in (row.input_ids, row.labels, row.loss_weights)))]
+    said, shown = [], SimpleNamespace(sample=None)
+    trackers = SimpleNamespace(text=lambda *values: said.append(values))
+    callback = SampleCallback(tmp_path, rows, 1, template, trackers, shown)
+    assert [(prompt, label) for _, prompt, label in callback.prompts] == [("Light!", 'lamp({"on": true})')]
+    answer = template.tokenizer(" to=functions.lamp<|channel|>commentary <|constrain|>json<|message|>{}<|call|>")
+    monkeypatch.setattr(callback, "_answer", lambda *_: answer["input_ids"])
+    args = SimpleNamespace(device=torch.device("cpu"), bf16=False)
+    callback.on_train_begin(args, SimpleNamespace(global_step=0, is_world_process_zero=True), None, model=model)
+    assert said == [("sample/1", "Light!\n\nlamp({})", 0)]
+    assert shown.sample == ("Light!", "lamp({})")
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["answer"] == "lamp({})"
 
 
 def test_a_run_has_all_of_it_and_trains_as_one_without(ossia, tiny_gpt_oss, rows, tmp_path):

@@ -19,6 +19,7 @@ from ossia.export.card import put_verification
 from ossia.export.folder import write_json
 from ossia.export.rows import conversations_of
 from ossia.model.folder import holds_mxfp4, weight_files
+from ossia.template.history import readable, split_answer
 from ossia.template.messages import Conversation, Message
 
 RESULT = "verification.json"
@@ -184,7 +185,8 @@ def _read(
             tokens.append(out.argmax(-1).cpu())
             logits.append(out[::every].float().cpu())
     stops = engine.template.stop_ids
-    shown = [" ".join(engine.template.parse(answer).content.split()) or "(no answer yet)" for answer in answers]
+    replies = map(engine.template.parse, answers)
+    shown = [" ".join(readable(reply.content, reply.tool_calls).split()) or "(no answer yet)" for reply in replies]
     del engine
     gc.collect()
     if torch.cuda.is_available():
@@ -201,8 +203,8 @@ def _shown(items: list[Any], label: str, unit: str) -> Iterator[Any]:
 
 def _prompt(template: Any, text: Conversation) -> list[int]:
     """Up to the last answer of a row, if it ends in one."""
-    messages = text.messages[:-1] if text.messages[-1].role == "assistant" else text.messages
-    return template.prompt(messages, tools=text.tools, reasoning_effort=text.reasoning_effort)
+    asked, _ = split_answer(text.messages)
+    return template.prompt(asked, tools=text.tools, reasoning_effort=text.reasoning_effort)
 
 
 def _compare(config: VerifyConfig, exported: Path, first: _Reading, second: _Reading) -> Verification:

@@ -21,10 +21,11 @@ from ossia.config import InferConfig
 from ossia.console import counted, progress, say
 from ossia.data.render import Counts, read_rows, refuse_bad, spoiled
 from ossia.errors import OssiaError, UsageError
-from ossia.infer.metrics import metrics_line
+from ossia.infer.metrics import calls_lines, metrics_line
 from ossia.infer.sampling import Sampling, Token
 from ossia.template.base import Template
-from ossia.template.messages import Conversation, Message
+from ossia.template.history import readable, reply_messages, split_answer
+from ossia.template.messages import Conversation, Message, ToolCall
 
 if TYPE_CHECKING:
     from ossia.infer.engine import Engine, Request
@@ -109,9 +110,23 @@ class Answers:
         whole.replace(self.path)
         self.part.unlink(missing_ok=True)
         say(f"{counted(len(self.rows), 'answer')} in {self.path}")
-        pairs = [(done["response"], done["labels"]) for done in self.done.values() if done["labels"]]
-        if pairs:
-            say(metrics_line(*map(list, zip(*pairs, strict=True))))
+        for line in self._figures():
+            say(line)
+
+    def _figures(self) -> list[str]:
+        """How near the answers are to those that rows have: texts to texts, calls to calls."""
+        texts: list[tuple[str, str]] = []
+        calls: list[tuple[list[ToolCall], list[ToolCall]]] = []
+        for row, conversation in enumerate(self.rows):
+            done = self.done[row]
+            asked, answer = split_answer(conversation.messages)
+            labels = [call for message in answer for call in message.tool_calls]
+            if not labels and done["labels"]:
+                texts.append((done["response"], done["labels"]))
+            if answer:
+                calls.append((_calls_of(done["messages"][len(asked) :]), labels))
+        lines = [metrics_line(*map(list, zip(*texts, strict=True)))] if texts else []
+        return [*lines, *calls_lines(calls)]
 
     def _take_up(self, identity: str) -> None:
         """Start the file of finished rows, or read it."""
@@ -141,13 +156,16 @@ class Answers:
             say(f"going on: {len(self.done):,} of {len(self.rows):,} rows are answered in {self.part}")
 
     def _answered(self, row: int, request: Request) -> dict[str, Any]:
-        messages, label = _question(self.rows[row])
+        conversation = self.rows[row]
+        asked, _ = split_answer(conversation.messages)
         reply = self.template.parse(request.ids)
         return {
-            "response": reply.content,
-            "labels": label,
+            "response": readable(reply.content, reply.tool_calls),
+            "labels": _label(conversation),
             "logprobs": openai_logprobs(self.template, request.tokens) if self.config.logprobs else None,
-            "messages": [*map(plain_message, messages), {"role": "assistant", "content": reply.content}],
+            "messages": list(map(row_message, [*asked, *reply_messages(self.template, request.ids)])),
+            "tools": conversation.tools or None,
+            "reasoning_effort": conversation.reasoning_effort,
             "reasoning": reply.thinking or None,
             "finish_reason": request.finish_reason,
             "prompt_tokens": len(request.prompt),
@@ -188,7 +206,7 @@ def _identity(
             with (check_adapter(name) / file).open("rb") as stream:
                 found.update(hashlib.file_digest(stream, "sha256").digest())
     for row, prompt in zip(rows, prompts, strict=True):
-        found.update(json.dumps([prompt, _question(row)[1]]).encode())
+        found.update(json.dumps([prompt, _label(row)]).encode())
     return found.hexdigest()
 
 
@@ -218,27 +236,37 @@ def _read(config: InferConfig, template: Template) -> tuple[list[Conversation], 
 
 
 def _prompt(row: Conversation, template: Template) -> list[int]:
-    messages = _question(row)[0] if row.messages else []
+    messages, _ = split_answer(row.messages)
     if not messages:
         raise OssiaError("nothing is asked in this row; it needs a message before the answer")
     return template.prompt(messages, tools=row.tools, reasoning_effort=row.reasoning_effort)
 
 
-def _question(row: Conversation) -> tuple[list[Message], str | None]:
-    """A row without its last answer, and that answer."""
-    if row.messages[-1].role == "assistant":
-        return row.messages[:-1], row.messages[-1].content
-    return row.messages, None
+def _label(row: Conversation) -> str | None:
+    """A row's own answer, for people; None where it has none."""
+    _, answer = split_answer(row.messages)
+    if not answer:
+        return None
+    content = "\n\n".join(message.content for message in answer if message.content.strip())
+    return readable(content, (call for message in answer for call in message.tool_calls))
 
 
-def plain_message(message: Message) -> dict[str, Any]:
-    """A message as rows have it, without its reasoning."""
-    plain: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.name:
-        plain["name"] = message.name
+def row_message(message: Message) -> dict[str, Any]:
+    """A message as rows have it."""
+    row: dict[str, Any] = {"role": message.role, "content": message.content}
+    for name in ("thinking", "name", "channel"):
+        if value := getattr(message, name):
+            row[name] = value
+    if message.loss is not None:
+        row["loss"] = message.loss
     if message.tool_calls:
-        plain["tool_calls"] = [
+        row["tool_calls"] = [
             {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in message.tool_calls
         ]
-    return plain
+    return row
+
+
+def _calls_of(messages: list[dict[str, Any]]) -> list[ToolCall]:
+    """The calls in messages of `row_message`."""
+    return [ToolCall(**call["function"]) for message in messages for call in message.get("tool_calls", ())]

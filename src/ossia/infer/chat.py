@@ -16,6 +16,7 @@ from ossia.errors import OssiaError, UsageError
 from ossia.infer.commands import run_command
 from ossia.infer.engine import Engine, Sampling
 from ossia.infer.session import Session
+from ossia.template.history import readable
 from ossia.template.messages import Message
 
 HINT = "/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves"
@@ -136,10 +137,10 @@ def _private(path: Path) -> None:
 
 
 def ask(engine: Engine, question: str, sampling: Sampling) -> str:
-    """One question, one answer; reasoning in parentheses before it."""
+    """One question, one answer; reasoning in parentheses before it, calls after it."""
     if not question.strip():
         raise UsageError("the question is empty")
     ids = engine.generate([engine.template.prompt([Message("user", question)])], sampling)[0]
     reply = engine.template.parse(ids)
     thinking = f"({reply.thinking.strip()}) " if reply.thinking.strip() else ""
-    return thinking + reply.content.strip()
+    return thinking + readable(reply.content, reply.tool_calls).strip()

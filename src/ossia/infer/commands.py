@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ossia.data.readers import decode, read_records
 from ossia.errors import UsageError, nearest
-from ossia.infer.batch import plain_message
+from ossia.infer.batch import row_message
 from ossia.infer.display import THINK
 from ossia.infer.session import Session
 from ossia.template.messages import EFFORTS
@@ -98,7 +98,8 @@ def _reset(session: Session, argument: str) -> None:
 
 def _undo(session: Session, argument: str) -> None:
     del session.messages[_last_question(session) :]
-    session.note(f"taken back; {len(session.messages) // 2} exchanges are left")
+    left = sum(message.role == "user" for message in session.messages)
+    session.note(f"taken back; {left} exchanges are left")
 
 
 def _last_question(session: Session) -> int:
@@ -113,10 +114,7 @@ def _save(session: Session, argument: str) -> None:
     if path.suffix != ".jsonl":
         raise UsageError(f"/save got {argument!r}; it takes the name of a .jsonl file")
     _last_question(session)
-    messages = []
-    for message in session.conversation:
-        thinking = {"thinking": message.thinking} if message.thinking else {}
-        messages.append({**plain_message(message), **thinking})
+    messages = list(map(row_message, session.conversation))
     row = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
     try:
         if path.exists():

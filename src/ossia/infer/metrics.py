@@ -1,12 +1,15 @@
-"""How near answers are to those that rows have: exact match, and BLEU, chrF and ROUGE by known libraries."""
+"""How near answers are to those that rows have: exact match, BLEU, chrF and ROUGE by known libraries, equal calls."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ossia.console import counted
+from ossia.template.messages import ToolCall
 
 _CHINESE = r"[\u3400-\u9fff\uf900-\ufaff]"
 _NEEDED = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}
@@ -46,6 +49,47 @@ def metrics_line(answers: list[str], labels: list[str]) -> str:
     rouge = " / ".join(f"{found[name]:.1f}" for name in _ROUGE)
     bleu = f"BLEU {found['bleu']:.1f} (tokenizer {bleu_tokenizer(labels)})"
     return f"{line}, {bleu}, chrF {found['chrf']:.1f}, ROUGE-1 / 2 / L {rouge}"
+
+
+def calls_lines(pairs: Sequence[tuple[Sequence[ToolCall], Sequence[ToolCall]]]) -> list[str]:
+    """How many answers were calls where rows have calls, how many agree, and how many were calls where rows have text.
+
+    A reply ends at its first call, so it is held against the first one of a row.
+
+    Args:
+        pairs: the calls of an answer and those of the row's own answer, for each row that has one.
+    """
+    wanted = [(calls, labels) for calls, labels in pairs if labels]
+    lines = []
+    if wanted:
+        called = [(calls[0], labels[0]) for calls, labels in wanted if calls]
+        agreed = sum(same_call(call, label) for call, label in called)
+        lines.append(
+            f"{counted(len(wanted), 'row')} whose answer is a call: {len(called):,} answered with a call, "
+            f"{agreed:,} with the same (name and arguments)"
+        )
+    if astray := sum(bool(calls) and not labels for calls, labels in pairs):
+        lines.append(f"{counted(astray, 'row')} whose answer is a text answered with a call")
+    return lines
+
+
+def same_call(one: ToolCall, other: ToolCall) -> bool:
+    """Whether name and arguments are the same, arguments as JSON where both are."""
+    if one.name.removeprefix("functions.") != other.name.removeprefix("functions."):
+        return False
+    try:
+        return _same(json.loads(one.arguments), json.loads(other.arguments))
+    except (ValueError, RecursionError):
+        return one.arguments.strip() == other.arguments.strip()
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal as JSON: true is not 1, and 1 is 1.0."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def missing() -> list[str]:

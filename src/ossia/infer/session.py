@@ -10,7 +10,8 @@ from rich.console import Console
 from ossia.config import InferConfig
 from ossia.infer.display import Display
 from ossia.infer.engine import Engine, Sampling
-from ossia.template.messages import Message, Reply
+from ossia.template.history import reply_messages
+from ossia.template.messages import Message
 
 
 @dataclass
@@ -43,19 +44,19 @@ class Session:
     def ask(self, question: str) -> None:
         """One turn; a stopped or empty one is no part of the conversation."""
         self.messages.append(Message("user", question))
-        reply = None
+        answer = None
         try:
-            reply = self.reply(self.conversation)
+            answer = self.reply(self.conversation)
         finally:
-            if reply is None:
+            if answer is None:
                 self.messages.pop()
-        if reply is None:
+        if answer is None:
             self.note("(the question and what was said of the answer are not kept)")
         else:
-            self.messages.append(Message("assistant", reply.content, reply.thinking or None, reply.tool_calls))
+            self.messages += answer
 
-    def reply(self, messages: list[Message]) -> Reply | None:
-        """Print the answer to `messages`; None where it was stopped before its end or says nothing."""
+    def reply(self, messages: list[Message]) -> list[Message] | None:
+        """Print the answer to `messages` and return it; None where it was stopped before its end or says nothing."""
         template, config = self.engine.template, self.config
         prompt = template.prompt(messages, reasoning_effort=config.reasoning_effort)
         splitter = template.stream()
@@ -88,4 +89,4 @@ class Session:
         if not (reply.content.strip() or reply.thinking.strip() or reply.tool_calls):
             self.note("(an empty reply)")
             return None
-        return reply
+        return reply_messages(template, ids)

@@ -139,28 +139,33 @@ async def prepare(
 async def answer_chat(body: ChatRequest, run: Run) -> dict[str, Any]:
     """The whole answer, as one object."""
     answers = await run.finish()
-    choices = []
-    for index, answer in enumerate(answers):
-        message: dict[str, Any] = {"role": "assistant", "content": answer.content or None, "refusal": None}
-        if answer.reasoning and _shows_reasoning(body):
-            message["reasoning_content"] = answer.reasoning
-        if answer.calls:
-            message["tool_calls"] = [
-                {"id": new_id("call_"), "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
-                for c in answer.calls
-            ]
-        else:
-            message["content"] = answer.content
-        choices.append(
-            {
-                "index": index,
-                "message": message,
-                "logprobs": logprobs(answer.tokens, answer.vocabulary),
-                "finish_reason": answer.reason,
-            }
-        )
+    shown = _shows_reasoning(body)
+    choices = [
+        {
+            "index": index,
+            "message": answer_message(answer, shown),
+            "logprobs": logprobs(answer.tokens, answer.vocabulary),
+            "finish_reason": answer.reason,
+        }
+        for index, answer in enumerate(answers)
+    ]
     head = run.head("chatcmpl-", "chat.completion")
     return {**head, "choices": choices, "usage": usage(run.prompt_tokens, answers)}
+
+
+def answer_message(answer: Answer, shows_reasoning: bool = True) -> dict[str, Any]:
+    """A whole answer as a message, which may be sent back as it is."""
+    message: dict[str, Any] = {"role": "assistant", "content": answer.content or None, "refusal": None}
+    if answer.reasoning and shows_reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        message["tool_calls"] = [
+            {"id": new_id("call_"), "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+            for c in answer.calls
+        ]
+    else:
+        message["content"] = answer.content
+    return message
 
 
 def stream_chat(body: ChatRequest, run: Run) -> AsyncIterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Literal
@@ -65,6 +65,31 @@ class History:
     def _last(self) -> Message | None:
         """The message before, if it is the assistant's."""
         return self._messages[-1] if self._messages and self._messages[-1].role == "assistant" else None
+
+
+def split_answer(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+    """(what is asked, the answer that ends a row): as much of the last turn as a model says at once.
+
+    The answer is empty where the row ends otherwise, as with a tool's result.
+    """
+    start = len(messages)
+    if messages and messages[-1].role == "assistant":
+        start -= 1
+        while start and _goes_on(messages[start - 1]):
+            start -= 1
+    return list(messages[:start]), list(messages[start:])
+
+
+def _goes_on(message: Message) -> bool:
+    """Whether the model goes on after this message by itself: it ended in reasoning or in a preamble."""
+    ended = message.tool_calls or (message.content.strip() and message.channel != "commentary")
+    return message.role == "assistant" and not ended
+
+
+def readable(content: str, calls: Iterable[ToolCall]) -> str:
+    """What was said, for people: the text, then each call as `name(arguments)` on a line of its own."""
+    lines = [f"{call.name}({call.arguments})" for call in calls]
+    return "\n".join([content, *lines] if content.strip() else lines) if lines else content
 
 
 def reply_messages(template: Template, ids: Sequence[int]) -> list[Message]:

@@ -20,6 +20,7 @@ from ossia.data.collate import Collator
 from ossia.data.store import TokenRow, TokenRows
 from ossia.model.gpt_oss import ExpertLoad, Router
 from ossia.template.base import Template
+from ossia.template.history import readable
 from ossia.track import Trackers
 from ossia.track.files import write_aside
 from ossia.track.report import EXPERTS, SAMPLES
@@ -226,10 +227,11 @@ class SampleCallback(TrainerCallback):
     def _keep(self, number: int, step: int, base: bool, prompt: str, label: str, ids: list[int]) -> None:
         reply = self.template.parse(ids)
         row = {"step": step, "base": base, "prompt": prompt, "label": label}
-        row |= {"reasoning": reply.thinking, "answer": reply.content, "finished": reply.finished}
+        said = readable(reply.content, reply.tool_calls)
+        row |= {"reasoning": reply.thinking, "answer": said, "finished": reply.finished}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        answer = f"({reply.thinking}) {reply.content}" if reply.thinking else reply.content
+        answer = f"({reply.thinking}) {said}" if reply.thinking else said
         self.trackers.text(f"sample/{number}", f"{prompt}\n\n{answer}", step)
         self.shown.sample = (prompt, answer)
 
@@ -250,7 +252,7 @@ def _prompts(rows: TokenRows, count: int, template: Template) -> Iterator[tuple[
         yield (
             ids,
             asked[-1] if asked else template.tokenizer.decode(ids, skip_special_tokens=True).strip(),
-            expected.content,
+            readable(expected.content, expected.tool_calls),
         )
 
 
