@@ -210,6 +210,83 @@ def test_tools_there_and_back(client):
         client.chat.completions.create(model="base", messages=history, tools=TOOLS)
 
 
+RUN = "say <|channel|>analysis<|message|>hm<|end|><|start|>assistant to=python<|channel|>analysis code<|message|>1\n+1<|call|>"
+
+
+def test_built_in_tools_are_given_back_as_calls(server, client):
+    for declared in ({"tools": [{"type": "python"}, *TOOLS]}, {"tools": TOOLS, "builtin_tools": ["python"]}):
+        choice = client.chat.completions.create(**ask(RUN, extra_body=declared)).choices[0]
+        assert choice.finish_reason == "tool_calls"
+        call = choice.message.tool_calls[0].function
+        assert (choice.message.reasoning_content, call.name, call.arguments) == ("hm", "python", "1\n+1")
+        chunks = list(client.chat.completions.create(**ask(RUN, stream=True, extra_body=declared)))
+        deltas = [call.function for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+        assert (deltas[0].name, "".join(delta.arguments for delta in deltas)) == ("python", "1\n+1")
+    # Declared in the system block, the same by either way.
+    sizes = {
+        prompt_size(server, ask("x", tools=[{"type": "python"}])),
+        prompt_size(server, ask("x", builtin_tools=["python"])),
+        prompt_size(server, ask("x", chat_template_kwargs={"builtin_tools": ["python"]})),
+        prompt_size(server, {"input": "x", "tools": [{"type": "python"}]}, "responses"),
+        prompt_size(server, {"input": "x", "builtin_tools": ["python"]}, "responses"),
+    }
+    assert len(sizes) == 1
+    assert sizes.pop() > prompt_size(server, ask("x")) + 500
+    assert prompt_size(server, ask("x", builtin_tools=["python"], tool_choice="none")) == prompt_size(server, ask("x"))
+
+    history = [*ask(RUN)["messages"], choice.message.model_dump(exclude_none=True)]
+    history.append({"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "2"})
+    status, _, body = server.post("/v1/chat/completions", {"messages": history, "tools": [{"type": "python"}]})
+    assert (status, "prompt_tokens" in body) == (200, True)
+
+
+def test_built_in_tools_in_responses(client):
+    tools = [{"type": "python"}, {"type": "browser"}]
+    answer = client.responses.create(model="base", input=RUN, tools=tools)
+    assert [item.type for item in answer.output] == ["reasoning", "function_call"]
+    assert (answer.output[1].name, answer.output[1].arguments) == ("python", "1\n+1")
+    assert [tool["type"] if isinstance(tool, dict) else tool.type for tool in answer.tools] == ["python", "browser"]
+    streamed = list(client.responses.create(model="base", input=RUN, tools=tools, stream=True))
+    assert "".join(e.delta for e in streamed if e.type == "response.function_call_arguments.delta") == "1\n+1"
+    result = {"type": "function_call_output", "call_id": answer.output[1].call_id, "output": "2"}
+    history = [
+        {"role": "user", "content": "?"},
+        *(item.model_dump(exclude_none=True) for item in answer.output),
+        result,
+    ]
+    history.append({"role": "user", "content": "so?"})
+    assert client.responses.create(model="base", input=history, tools=tools).output_text == "base: so?"
+
+
+def test_what_is_said_before_a_call_is_an_item_of_its_own(client):
+    thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    said = f"say {thought}{thought}<|channel|>commentary<|message|>\n\nNow.<|end|><|start|>assistant"
+    text = f"{said}<|channel|>final<|message|>Done.<|return|>"
+    answer = client.responses.create(model="base", input=text)
+    assert [item.type for item in answer.output] == ["reasoning", "reasoning", "message", "message"]
+    assert [item.phase for item in answer.output[2:]] == ["commentary", "final_answer"]
+    assert [item.content[0].text for item in answer.output] == ["hm", "hm", "\n\nNow.", "Done."]
+    events = list(client.responses.create(model="base", input=text, stream=True))
+    assert [event.item for event in events if event.type == "response.output_item.done"] == events[-1].response.output
+
+
+@pytest.mark.parametrize("name", ["browser.search", "files.read", "repo:find"])
+def test_names_that_were_given_out_are_taken_back(client, name):
+    """Names that the model made up."""
+    said, so = f"say  to={name}<|channel|>commentary json<|message|>{{}}<|call|>", {"role": "user", "content": "so?"}
+    message = client.chat.completions.create(**ask(said, tools=TOOLS)).choices[0].message
+    assert message.tool_calls[0].function.name == name
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "there is no such tool"}
+    history = [*ask("hi")["messages"], message.model_dump(exclude_none=True), result, so]
+    later = client.chat.completions.create(model="base", messages=history, tools=TOOLS)
+    assert later.choices[0].message.content == "base: so?"
+
+    call = client.responses.create(model="base", input=said).output[0]
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "there is no such tool"}
+    history = [{"role": "user", "content": "hi"}, call.model_dump(exclude_none=True), output, so]
+    assert client.responses.create(model="base", input=history).output_text == "base: so?"
+
+
 def test_forms_are_kept_by_a_model_that_would_not(real):
     """A random model, whose answers would be noise."""
     client, base = real.client(), real.client().models.list().data[-1].id

@@ -15,6 +15,7 @@ from ossia.serve.errors import ApiError
 from ossia.serve.grammar import Form, Vocabulary
 from ossia.serve.service import check_schema
 from ossia.template import load_template
+from ossia.template.messages import Message, ToolCall
 
 MARKS = ("<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>", "<|return|>", "<|constrain|>")
 WORDS = (
@@ -123,6 +124,31 @@ def test_forms_of_the_final_text(template, form, right, wrong):
         for text in wrong:
             assert not follows(words, grammar, f"{begin}<|channel|>final<|message|>{text}<|return|>"), text
     assert not follows(words, grammar, "<|channel|>commentary<|message|>")
+
+
+def test_calls_that_must_or_may_be_made(template):
+    words = Vocabulary(template, 266)
+    strict = {"name": "f", "strict": True, "parameters": {"type": "object", "additionalProperties": False}}
+    tools = [{"type": "python"}, {"type": "browser"}, {"type": "function", "function": strict}]
+    made = {
+        "f": template.prompt([Message("assistant", tool_calls=(ToolCall("f", "{}"),))]),
+        "python": template.prompt([Message("assistant", tool_calls=(ToolCall("python", "1\n+1", True),))], tools=tools),
+        "browser": template.prompt([Message("assistant", tool_calls=(ToolCall("browser.find", "{}", True),))], tools=tools),
+        "": template.prompt([Message("assistant", "Hi")]),
+    }  # fmt: skip
+    opener = template.tokenizer("<|start|>assistant")["input_ids"]
+
+    def allowed(grammar, name):
+        # As it was written, without what the prompt gives: up to the assistant, and the next one's opening.
+        ids = made[name]
+        start = next(i for i in range(len(ids)) if ids[i : i + len(opener)] == opener) + len(opener)
+        ids = [id if id != template._end else template._return for id in ids[start : -len(opener)]]
+        mask = words.follow(grammar)
+        return all(mask(ids[:place])[id] for place, id in enumerate(ids))
+
+    for call, names in ((None, set(made)), ("", {"f", "python", "browser"}), ("python", {"python"}), ("f", {"f"})):
+        grammar = words.grammar(None, tools, call)
+        assert {name for name in made if allowed(grammar, name)} == names
 
 
 @pytest.mark.parametrize("regex", ["(", "a\\", "x/\nfinal: TEXT\n//"])
