@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -14,17 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from tests.parity.test_adapters import randomise
-from tests.served import scripted, serving
+from tests.served import ScriptedEngine, scripted, serving
 
 from ossia.adapters.inject import add_lora
 from ossia.adapters.io import load_adapter, save_adapter
 from ossia.cli import main
-from ossia.config import SftConfig
+from ossia.config import ServeConfig, SftConfig
 from ossia.infer.engine import Engine, Sampling
 from ossia.model.load import load_model
 from ossia.model.tokenizer import load_tokenizer
+from ossia.serve.errors import ApiError
+from ossia.serve.service import Service
 from ossia.template import load_template
-from ossia.template.messages import Message
+from ossia.template.messages import Message, ToolCall
 
 WEATHER = {
     "name": "weather",
@@ -660,6 +663,80 @@ def test_seeds(real):
     assert say(seed=5) == say(seed=5)
     assert say(seed=5) != say(seed=6)
     assert len(set(say(seed=5, n=3))) == 3
+
+
+def test_what_a_chat_template_would_not_show_is_refused(tiny_llama):
+    """A template without tools, calls or effort."""
+    template = load_template(load_tokenizer(tiny_llama))
+    service = Service(ScriptedEngine(template, 300), {None: template}, ServeConfig(model=str(tiny_llama)), "base")
+    asked, called = Message("user", "x"), Message("assistant", tool_calls=(ToolCall("f", "{}"),))
+
+    def prompt(messages, tools=(), effort=None):
+        return asyncio.run(service.prompt(None, messages, tools, effort))
+
+    assert prompt([asked]) == template.prompt([asked])
+    for arguments, param in (
+        (([asked], TOOLS), "tools"),
+        (([asked], [{"type": "python"}]), "tools"),
+        (([asked, called],), "messages"),
+        (([asked], (), "high"), "reasoning_effort"),
+    ):
+        with pytest.raises(ApiError, match=r"this model|only gpt-oss") as refused:
+            prompt(*arguments)
+        assert (refused.value.status, refused.value.param) == (400, param)
+
+
+BASIC = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
+OPENCODE = {
+    **BASIC, "max_tokens": 32000, "temperature": 0, "top_p": 1, "stream": True, "stream_options": {"include_usage": True},
+    "tools": TOOLS, "tool_choice": "auto", "reasoning_effort": "medium",
+}  # fmt: skip
+CODEX = {
+    "model": "base", "instructions": "Be kind.", "stream": True, "store": False, "parallel_tool_calls": False,
+    "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k", "client_metadata": {"x": "y"},
+    "reasoning": {"effort": "high", "summary": "auto"}, "tool_choice": "auto", "text": {"verbosity": "medium"},
+    "tools": [{"type": "function", **WEATHER, "strict": False}],
+    "input": [
+        {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "a"}]},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "b"}]},
+        {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "c"}], "encrypted_content": None},
+        {"type": "function_call", "id": "fc", "call_id": "1", "name": "weather", "arguments": "{}", "status": "completed"},
+        {"type": "function_call_output", "call_id": "1", "output": "rain"},
+    ],
+}  # fmt: skip
+OPENROUTER = {
+    **BASIC, "reasoning": {"effort": "low", "enabled": True, "exclude": False}, "provider": {"order": ["x"]},
+    "usage": {"include": True}, "transforms": [], "plugins": [], "min_p": 0, "top_k": 0, "repetition_penalty": 1,
+}  # fmt: skip
+VLLM = {
+    **BASIC, "ignore_eos": False, "min_tokens": 0, "stop_token_ids": [], "skip_special_tokens": True, "top_k": -1,
+    "spaces_between_special_tokens": True, "include_stop_str_in_output": False, "add_generation_prompt": True,
+    "continue_final_message": False, "logit_bias": None, "best_of": 1, "use_beam_search": False, "priority": 0,
+    "chat_template_kwargs": {"enable_thinking": True, "reasoning_effort": "low"}, "include_reasoning": True,
+    "n": 1, "prompt_logprobs": None, "truncate_prompt_tokens": None, "request_id": "r", "cache_salt": "s",
+}  # fmt: skip
+LANGCHAIN = {
+    **BASIC, "n": 1, "temperature": 0.7, "max_completion_tokens": 9, "parallel_tool_calls": True, "stop": None,
+    "messages": [
+        {"role": "system", "content": "a"},
+        {"role": "user", "content": [{"type": "text", "text": "b"}], "name": "me"},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]},
+        {"role": "tool", "content": "rain", "tool_call_id": "1"},
+        {"role": "assistant", "content": "c", "refusal": None, "annotations": [], "audio": None, "function_call": None},
+        {"role": "user", "content": "d"},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("chat/completions", body) for body in (OPENCODE, OPENROUTER, VLLM, LANGCHAIN)] + [("responses", CODEX)],
+    ids=["opencode", "OpenRouter", "vLLM", "LangChain", "Codex"],
+)
+def test_what_clients_send_unasked_is_taken(server, path, body):
+    status, _, answer = server.post(f"/v1/{path}", body)
+    assert status == 200, answer
 
 
 @pytest.fixture
