@@ -194,9 +194,7 @@ class Service:
         if isinstance(template, GenericTemplate):
             if effort is not None and not template.reads("reasoning_effort"):
                 raise bad("this model's chat template has no reasoning effort; leave it out", "reasoning_effort")
-            if any(map(is_builtin, tools)):
-                raise bad("only gpt-oss has built-in tools; this model takes functions", "tools")
-            if tools and not template.reads("tools"):
+            if not (template.reads("tools") or all(map(is_builtin, tools))):
                 raise bad("this model's chat template shows no tools; leave them out", "tools")
             if any(message.tool_calls for message in messages) and not template.reads("tool_calls"):
                 raise bad("this model's chat template shows no tool calls; write them as text", "messages")
