@@ -18,8 +18,8 @@ from pathlib import Path
 class ScriptedEngine:
     """The engine's contract with answers by rule. The last user text decides:
 
-    `say TEXT` is answered with TEXT (harmony written out, special tokens included); `slow N` with N tokens of 20 ms;
-    `fail` breaks a step; anything else with the reasoning "thought" and a final text that repeats it.
+    `say TEXT` is answered with TEXT (harmony written out, special tokens included); `slow N` with N tokens of 20 ms,
+    `long N` with N at once; `fail` breaks a step; anything else with the reasoning "thought" and a final text that repeats it.
     """
 
     max_length = 4096
@@ -40,7 +40,7 @@ class ScriptedEngine:
         said = f"<|channel|>analysis<|message|>thought<|end|><|start|>assistant<|channel|>final<|message|>{adapter or 'base'}: {asked}<|return|>"
         if asked.startswith("say "):
             said = asked[4:]
-        elif asked.startswith("slow "):
+        elif asked.startswith(("slow ", "long ")):
             said = "<|channel|>final<|message|>" + "x" * int(asked[5:]) + "<|return|>"
         request.slow, request.fails = asked.startswith("slow "), asked == "fail"
         request.left = self.template.tokenizer(said)["input_ids"]

@@ -441,12 +441,12 @@ def test_reasoning_can_be_left_out(client):
 
 
 def test_more_tokens_than_there_are_is_cut_and_told(server, client):
-    cut = client.chat.completions.create(**ask("slow 2500", max_tokens=32000))
+    cut = client.chat.completions.create(**ask("long 2500", max_tokens=32000))
     assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 2000)
     whole = client.chat.completions.create(**ask("a", max_tokens=2**31, max_completion_tokens=2**31))
     assert whole.choices[0].finish_reason == "stop"
     for name in ("max_output_tokens", "max_tokens"):
-        status, _, body = server.post("/v1/responses", {"model": "base", "input": "slow 2500", name: 32000})
+        status, _, body = server.post("/v1/responses", {"model": "base", "input": "long 2500", name: 32000})
         found = json.loads(body)
         assert (status, found["status"], found["usage"]["output_tokens"]) == (200, "incomplete", 2000)
     # The room of the model, less the prompt.
