@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-versions lint clean
 
 setup: .venv/.ready
 
@@ -29,5 +29,9 @@ test: setup lint
 	@# Two at a time, a thread each.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope $(ARGS)
 
+# On each release of transformers that we support, or on those of ARGS (5.17 5.24).
+test-versions: setup
+	$(BIN)/python tests/versions.py $(ARGS)
+
 clean:
-	rm -rf .venv output build dist
+	rm -rf .venv .venv-versions output build dist

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from tests.stock import stock_base
 
 from ossia.adapters.inject import add_lora, coverage
 from ossia.adapters.io import load_adapter, save_adapter
@@ -23,12 +23,6 @@ CHOICES = {
     "one layer": ("q_proj", "1"),
     "experts": ("none", "all"),
 }
-
-
-def stock_base(folder):
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
-    ).eval()
 
 
 def randomise(model, std=0.3):

@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests import tiny
-from tests.parity.test_adapters import close, logits, randomise, stock_base
+from tests.parity.test_adapters import close, logits, randomise
+from tests.stock import stock_base
 
 from ossia.adapters.combine import combine
 from ossia.adapters.inject import add_lora

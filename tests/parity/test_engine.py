@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
-from tests.parity.test_adapters import randomise, stock_base
+from tests.parity.test_adapters import randomise
 from tests.parity.test_demo_base import needs_source
+from tests.stock import stock_base
 
 from ossia.adapters.inject import add_lora
 from ossia.adapters.io import load_adapter, save_adapter

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tests import tiny
+from tests.stock import stock_base
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
@@ -15,11 +18,9 @@ from ossia.model.load import load_model
 
 @pytest.fixture(scope="module")
 def reference(tiny_gpt_oss):
-    model = AutoModelForCausalLM.from_pretrained(
-        tiny_gpt_oss, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
-    )
+    model = stock_base(tiny_gpt_oss)
     model.config.output_router_logits = False
-    return model.eval()
+    return model
 
 
 @pytest.mark.parametrize("experts", ["mxfp4", "dequantized"])
@@ -72,13 +73,33 @@ def test_dense_checkpoint_loads_the_same(tiny_gpt_oss, reference, tmp_path):
 
 
 def test_floats_under_blocks_names_are_refused(tiny_gpt_oss, tmp_path):
-    """What transformers 5.23 writes by default after dequantizing: bf16 under `*_blocks`, read back as noise."""
+    """What transformers up to 5.23 writes by default after dequantizing: bf16 under `*_blocks`, read back as noise."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for file in tiny_gpt_oss.glob("*.safetensors"):
+        tensors |= load_file(file)
+    name = "model.layers.0.mlp.experts.down_proj_blocks"
+    tensors[name] = torch.zeros(4, 32, 64, dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((tiny_gpt_oss / "config.json").read_bytes())
+    with pytest.raises(OssiaError, match=f"{name} holds torch.bfloat16, not MXFP4.*save_original_format=False"):
+        load_model(tmp_path)
+
+
+def test_what_transformers_saves_after_dequantizing_is_refused_or_right(tiny_gpt_oss, tmp_path):
+    """By default, which up to 5.23 loses the experts."""
     model = AutoModelForCausalLM.from_pretrained(
         tiny_gpt_oss, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16
     )
     model.save_pretrained(tmp_path)
-    with pytest.raises(OssiaError, match="save_original_format=False"):
-        load_model(tmp_path)
+    ids = torch.randint(0, 256, (1, 11))
+    try:
+        read_back = load_model(tmp_path)
+    except OssiaError as error:
+        assert re.search(r"experts\..*save_original_format=False", str(error)), error
+    else:
+        assert torch.allclose(read_back(ids).logits, load_model(tiny_gpt_oss)(ids).logits, atol=1e-5)
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(tiny_gpt_oss, tmp_path):

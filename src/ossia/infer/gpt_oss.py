@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from ossia.adapters.experts import ExpertsLora
 from ossia.adapters.linear import LinearLora
+from ossia.compat import cache_name
 from ossia.errors import OssiaError
 from ossia.infer.runner import with_adapter
 from ossia.kernels.expert_decode import MAX_SCALE, expert_decode
@@ -156,8 +157,8 @@ class GptOssRunner:
             hidden_BSH = self._base.model(
                 input_ids=ids_BS,
                 attention_mask=dict.fromkeys(self._config.layer_types) if ours else None,
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_name(self._base.model.forward): cache},
             ).last_hidden_state
         layers: list[Any] = list(cache.layers)
         for row, (place, length) in enumerate(zip(places, lengths, strict=True)):

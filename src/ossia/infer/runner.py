@@ -11,6 +11,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache
 
+from ossia.compat import cache_name
+
 
 class Runner(Protocol):
     """A model with places for so many requests. An adapter is PEFT's name of it; None: the base alone."""
@@ -41,6 +43,8 @@ class CachedRunner:
         self.model = model
         self.max_length = max_length
         self._caches: dict[int, Any] = {}
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._cache_name = cache_name(base.forward)
 
     def reserve(self, place: int, tokens: int) -> bool:
         self._caches[place] = DynamicCache(config=self.model.config)
@@ -63,11 +67,11 @@ class CachedRunner:
         with with_adapter(self.model, adapter):
             out = self.model(
                 input_ids=torch.tensor([ids], device=self.model.device),
-                past_key_values=self._caches[place],
                 use_cache=True,
                 logits_to_keep=1,
+                **{self._cache_name: self._caches[place]},
             )
-        self._caches[place] = out.past_key_values
+        self._caches[place] = getattr(out, self._cache_name)
         return out.logits[0, -1]
 
 

@@ -14,6 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     eager_attention_forward,
 )
 
+from ossia.compat import take_cache
 from ossia.kernels import attention
 from ossia.kernels.lora_linear import lora_linears
 from ossia.kernels.qkv import Adapter
@@ -60,14 +61,15 @@ class Attention(GptOssAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, S, H] → [B, S, H] and, where the implementation gives them, the shares."""
+        """[B, S, H] → [B, S, H] and, where the implementation gives them, the shares. A cache comes under any of its
+        names."""
+        cache = take_cache(kwargs)
         projected = self._projected(hidden_states, *position_embeddings)
         query, key, value = (x.transpose(1, 2) for x in projected)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out_BSND, shares = attend(
             self,

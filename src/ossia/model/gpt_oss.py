@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import Cache, GptOssConfig, GptOssForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.masking_utils import create_sliding_window_causal_mask as create_window_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssRMSNorm
 from transformers.utils import ModelOutput
 
+from ossia.compat import cache_name, take_cache
 from ossia.kernels.attention import worth_cudnn
 from ossia.kernels.host_rows import host_rows
 from ossia.kernels.linear_cross_entropy import linear_cross_entropy
@@ -23,6 +24,7 @@ from ossia.model import attention
 from ossia.model.experts import Experts, kept_on_host
 
 _MASKS = ("full_attention", "sliding_attention")
+_CACHE = cache_name(GptOssForCausalLM.forward)
 
 
 @dataclass
@@ -182,6 +184,7 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
         Rows with a loss are padded on the right, or packed: then `position_ids` restart with each row and there is no
         mask (`cu_seq_lens_q` and `max_length_q` say the same to attention on the GPU).
         """
+        cache = take_cache(kwargs)
         trains = loss_weights is not None and labels is not None
         if self.load is not None:
             mask = kwargs.get("attention_mask")
@@ -192,10 +195,11 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
             if input_ids is not None and kwargs.get("cu_seq_lens_q") is None:
                 batch, length = input_ids.shape
                 kwargs["whole_by_cudnn"] = worth_cudnn(batch, length, input_ids.device)
-        elif self._needs_no_mask(input_ids, **kwargs):
+        elif self._needs_no_mask(input_ids, cache, **kwargs):
             kwargs["attention_mask"] = dict.fromkeys(_MASKS)
         else:
-            kwargs |= self._masks(input_ids, **kwargs)
+            kwargs |= self._masks(input_ids, cache, **kwargs)
+        kwargs[_CACHE] = cache
         if loss_weights is None or labels is None:
             return super().forward(input_ids=input_ids, labels=labels, **kwargs)
         hidden = self.model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
@@ -206,16 +210,14 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
     def _needs_no_mask(
         self,
         input_ids: Tensor | None,
+        cache: Cache | None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> bool:
         """Whole rows without padding on the left, and nothing before them: our attention is causal by itself, where a
         mask would send it to transformers' quadratic path."""
-        cached = past_key_values is not None and (
-            past_key_values.get_seq_length() > 0 or getattr(past_key_values, "is_compileable", False)
-        )
+        cached = cache is not None and (cache.get_seq_length() > 0 or getattr(cache, "is_compileable", False))
         if self.config._attn_implementation != attention.NAME or input_ids is None or cached:
             return False
         if attention_mask is None:
@@ -227,16 +229,16 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
     def _masks(
         self,
         input_ids: Tensor | None,
+        cache: Cache | None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Masks of packed rows: transformers 5.23 makes gpt-oss's without the positions, and rows see each other."""
-        if input_ids is None or position_ids is None or attention_mask is not None or past_key_values is not None:
+        """Masks of packed rows: transformers (5.24 too) makes gpt-oss's without the positions, and rows see each other."""
+        if input_ids is None or position_ids is None or attention_mask is not None or cache is not None:
             return {}
         like = self.model.embed_tokens.weight.new_empty(*input_ids.shape, 1)
-        make = {"config": self.config, "inputs_embeds": like, "attention_mask": None, "past_key_values": None}
+        make = {"config": self.config, "inputs_embeds": like, "attention_mask": None, _CACHE: None}
         both = (create(**make, position_ids=position_ids) for create in (create_causal_mask, create_window_mask))
         return {"attention_mask": dict(zip(_MASKS, both, strict=True))}
 

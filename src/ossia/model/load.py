@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, PreTrainedModel
 
+from ossia.compat import untested_libraries
 from ossia.console import counted, progress, say
 from ossia.errors import OssiaError, UsageError, nearest
 from ossia.kernels.available import HAS_TRITON
@@ -49,6 +51,7 @@ def load_model(
     Raises:
         OssiaError: missing, extra or misshapen tensors, each named.
     """
+    _say_untested()
     folder = resolve_model(str(name))
     where = pick_device(device)
     dtype = pick_dtype(torch_dtype, where)
@@ -58,6 +61,13 @@ def load_model(
         model = _load_other(folder, dtype, where, offload)
     model.requires_grad_(False)
     return model.eval()
+
+
+@functools.cache
+def _say_untested() -> None:
+    """Once a process."""
+    for line in untested_libraries():
+        say(line)
 
 
 def pick_device(device: str) -> torch.device:
@@ -274,7 +284,11 @@ def put(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _check_names(folder: Path, missing: set[str], extra: set[str]) -> None:
     if missing:
-        raise OssiaError(f"{folder}: {counted(len(missing), 'tensor')} missing, first {sorted(missing)[0]}")
+        first = sorted(missing)[0]
+        # transformers 5.17 leaves experts out where 5.23 writes floats under the blocks' names.
+        experts = ".experts." in first and all(".experts." in name for name in missing)
+        hint = ": if it was dequantized and saved, save it again with save_original_format=False" if experts else ""
+        raise OssiaError(f"{folder}: {counted(len(missing), 'tensor')} missing, first {first}{hint}")
     if extra:
         raise OssiaError(
             f"{folder}: {counted(len(extra), 'tensor')} of no use in this architecture, first {sorted(extra)[0]}"
