@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tests import tiny
 from tests.stock import stock_base
 from torch.nn import functional as F
@@ -93,13 +93,12 @@ def test_what_transformers_saves_after_dequantizing_is_refused_or_right(tiny_gpt
         tiny_gpt_oss, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16
     )
     model.save_pretrained(tmp_path)
-    ids = torch.randint(0, 256, (1, 11))
-    try:
-        read_back = load_model(tmp_path)
-    except OssiaError as error:
-        assert re.search(r"experts\..*save_original_format=False", str(error)), error
-    else:
-        assert torch.allclose(read_back(ids).logits, load_model(tiny_gpt_oss)(ids).logits, atol=1e-5)
+    if Version(transformers.__version__) >= Version("5.24"):
+        ids = torch.randint(0, 256, (1, 11))
+        assert torch.allclose(load_model(tmp_path)(ids).logits, load_model(tiny_gpt_oss)(ids).logits, atol=1e-5)
+        return
+    with pytest.raises(OssiaError, match=r"experts\..*save_original_format=False"):
+        load_model(tmp_path)
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(tiny_gpt_oss, tmp_path):
