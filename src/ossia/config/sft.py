@@ -64,7 +64,9 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
         "cosine", "schedule, by transformers' name (cosine_with_min_lr, linear …)", group="train"
     )
     lr_scheduler_kwargs: dict = opt({}, "more for the schedule, such as '{\"min_lr_rate\": 0.1}'", group="train")
-    warmup_ratio: float = opt(0.05, "share of the optimizer steps spent warming up", group="train")
+    warmup_ratio: float = opt(
+        0.05, "share of the optimizer steps spent warming up; the first of n has 1/n of the peak", group="train"
+    )
     warmup_steps: int = opt(0, "optimizer steps of warm-up; wins over --warmup_ratio", group="train")
     weight_decay: float = opt(0.0, "AdamW weight decay", group="train")
     adam_beta1: float = opt(0.9, "AdamW beta 1", group="train")
@@ -203,6 +205,12 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
             raise UsageError(f"--lora_dropout is {self.lora_dropout}; it must be in [0, 1)")
         if not 0 <= self.label_smoothing_factor < 1:
             raise UsageError(f"--label_smoothing_factor is {self.label_smoothing_factor}; it must be in [0, 1)")
+        if self.max_steps == 0:
+            raise UsageError("--max_steps 0 trains nothing; give 1 or more, or -1 for --num_train_epochs to decide")
+        if not 0 <= self.warmup_ratio < 1:
+            raise UsageError(f"--warmup_ratio is {self.warmup_ratio}; it must be in [0, 1)")
+        if self.warmup_steps < 0:
+            raise UsageError(f"--warmup_steps is {self.warmup_steps}; it must be 0 or more")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise UsageError("nothing to train: give --num_train_epochs or --max_steps above 0")
         if self.learning_rate <= 0:

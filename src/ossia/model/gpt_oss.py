@@ -234,7 +234,7 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Masks of packed rows: transformers, also 5.24, makes gpt-oss's without the positions, so rows see each other."""
+        """Masks of packed rows: transformers, also 5.24, makes gpt-oss's without positions, and rows see each other."""
         if input_ids is None or position_ids is None or attention_mask is not None or cache is not None:
             return {}
         like = self.model.embed_tokens.weight.new_empty(*input_ids.shape, 1)

@@ -11,6 +11,7 @@ from ossia.adapters.targets import match_targets
 from ossia.config import PlanConfig
 from ossia.plan.base import Base
 from ossia.train.plan import Sizes, sizes_of
+from ossia.train.schedule import optimizer_steps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,11 +135,9 @@ class Job:
 
     def optimizer_steps(self) -> tuple[int | None, int | None]:
         """(of an epoch, of the run); None where only data tells."""
-        config, batches = self.config, self.batches
-        epoch = math.ceil(batches.count / config.gradient_accumulation_steps) if batches else None
-        if config.max_steps > 0:
-            return epoch, config.max_steps
-        return epoch, math.ceil(config.num_train_epochs * epoch) if epoch else None
+        if self.batches is None:
+            return None, self.config.max_steps if self.config.max_steps > 0 else None
+        return optimizer_steps(self.config, self.batches.count)
 
     def _longest(self, lengths: NDArray[np.int32]) -> int:
         limit = self.config.max_length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
 import time
@@ -38,6 +39,7 @@ from ossia.train.folder import new_run_folder, save_options
 from ossia.train.launch import launch, nodes_wanted, processes_wanted
 from ossia.train.plan import PLANNED, Plan, budget_of, make_plan, sizes_of
 from ossia.train.resume import Start, check_facts, data_facts, find_start, resume_command, take_back
+from ossia.train.schedule import factor_of, optimizer_steps, schedule_lines, warmup_steps
 from ossia.train.sharding import check_sharding, lay_out, sharding_arguments
 
 if TYPE_CHECKING:
@@ -275,6 +277,8 @@ def _train(
     dtype = pick_dtype(config.torch_dtype, device)
     plan = _plan(config, folder, targets, rows, held, device, dtype)
     args = training_arguments(config, bool(held), dtype, device, plan)
+    dataset = _packed(config, rows) if config.packing else rows
+    _check_schedule(config, len(dataset), start)
     state = PartialState(cpu=device.type == "cpu")
     set_seed(config.seed)
     model = load_model(
@@ -340,7 +344,7 @@ def _train(
     stop = StopCallback(parse_seconds(config.max_time, "--max_time") if config.max_time else None, began, shown.tell)
     watch = _insight(config, folder, args, wrapped, template, rows, held, trackers, shown)
     watch += [shown, TrackCallback(trackers)]
-    trainer = _trainer(config, folder, args, wrapped, template, rows, held, watch, facts, stop)
+    trainer = _trainer(config, folder, args, wrapped, template, dataset, held, watch, facts, stop)
     say(f"run: {run_dir}")
     if start.checkpoint is not None:
         say(f"going on from {start.checkpoint}")
@@ -379,6 +383,25 @@ def _train(
     return _result(run_dir, status == "finished")
 
 
+def _check_schedule(config: SftConfig, sequences: int, start: Start) -> None:
+    """Say what is unusual about the learning rates of a run over so many rows or packed sequences.
+
+    Raises:
+        UsageError: a step without a rate, or a checkpoint behind which no step is left.
+    """
+    batches = math.ceil(math.ceil(sequences / config.per_device_train_batch_size) / world_size())
+    _, steps = optimizer_steps(config, batches)
+    if config.resume_from_checkpoint and start.step >= steps:
+        raise UsageError(
+            f"--resume_from_checkpoint {config.resume_from_checkpoint}: it has done {start.step} optimizer steps, and "
+            f"this run has {steps}; give more by --num_train_epochs or --max_steps"
+        )
+    warmup, options = warmup_steps(config, steps), config.lr_scheduler_kwargs
+    factor = factor_of(config.lr_scheduler_type, config.learning_rate, warmup, steps, options)
+    for line in schedule_lines(config, steps, factor):
+        say(line)
+
+
 def _note_end(run_dir: Path, status: str) -> None:
     """A full disk must not hide how the run ended."""
     try:
@@ -414,7 +437,7 @@ def _trainer(
     args: TrainingArguments,
     model: Any,
     template: Any,
-    rows: TokenRows,
+    dataset: TokenRows | PackedRows,
     held: TokenRows | None,
     watch: list[TrainerCallback],
     facts: dict[str, Any],
@@ -434,7 +457,7 @@ def _trainer(
         facts=facts,
         stop=stop,
         args=args,
-        train_dataset=_packed(config, rows) if config.packing else rows,
+        train_dataset=dataset,
         eval_dataset=held,
         data_collator=Collator(template.pad_id),
         tokenizer=template.tokenizer,

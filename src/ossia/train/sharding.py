@@ -96,4 +96,9 @@ def _options_in(path: str) -> dict[str, Any]:
         raise UsageError(f"--deepspeed {path}: not a JSON file that can be read ({error})") from None
     if not isinstance(options, dict):
         raise UsageError(f"--deepspeed {path}: a JSON object is needed")
+    if "scheduler" in options:
+        raise UsageError(
+            f"--deepspeed {path}: take out its entry 'scheduler', whose first step has a rate of 0; learning rates "
+            "come from --lr_scheduler_type and --warmup_ratio"
+        )
     return options

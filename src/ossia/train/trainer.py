@@ -14,8 +14,10 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SchedulerType
 
 from ossia.adapters.io import adapter_tensors, load_adapter_tensors, save_adapter, whole_tensor
 from ossia.data.collate import tokens_of
@@ -26,6 +28,7 @@ from ossia.model.loss import loss_from_logits
 from ossia.train.callbacks import EvaluationStopped, StopCallback
 from ossia.train.checkpoint import PREFIX, part_of, put_in_place, rotate, seal
 from ossia.train.guard import Guard, Step
+from ossia.train.schedule import factor_of
 from ossia.train.sharding import whole
 
 # What only our model takes. Others see packed documents by their position_ids; given bounds too, some of transformers'
@@ -77,6 +80,8 @@ class SftTrainer(Trainer):
         self._batches: list[dict[str, Any]] = []
         self._step_loss = torch.zeros((), device=device)
         self._evaluation_due = False
+        self._rate: float | None = None
+        self._optimizer_options: list[dict[str, Any]] = []
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; Python's garbage collector leaves alone what lies there before, which it would walk through for
@@ -91,11 +96,56 @@ class SftTrainer(Trainer):
             gc.unfreeze()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; keeps the batches of the step, for the one that goes wrong."""
+        """As Trainer's; keeps the batches of the step, for the one that goes wrong, and its learning rate: with
+        DeepSpeed, Trainer asks for it when the schedule has gone on to the next step."""
         found = super().get_batch_samples(*args, **kwargs)
+        self._rate = super()._get_learning_rate()
         self._batches = found[0]
         self._step_loss = torch.zeros((), device=self.args.device)
         return found
+
+    def _get_learning_rate(self) -> float:
+        """Of the step under way, or done last."""
+        return super()._get_learning_rate() if self._rate is None else self._rate
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As Trainer's, with a warm-up whose first step moves (`ossia.train.schedule`)."""
+        args = self.args
+        if self.lr_scheduler is None:
+            name, warmup = SchedulerType(args.lr_scheduler_type).value, args.get_warmup_steps(num_training_steps)
+            options: Any = args.lr_scheduler_kwargs
+            factor = factor_of(name, args.learning_rate, warmup, num_training_steps, options)
+            if factor is None:
+                super().create_scheduler(num_training_steps, optimizer)
+            else:
+                self.lr_scheduler = LambdaLR(optimizer or self._made_optimizer(), factor)
+                self._created_lr_scheduler = True
+        self._optimizer_options = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in self._made_optimizer().param_groups
+        ]
+        return self.lr_scheduler
+
+    def _made_optimizer(self) -> torch.optim.Optimizer:
+        assert self.optimizer is not None
+        return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer's; then rates and the optimizer's options are those of this run.
+
+        A checkpoint has those of the run that wrote it: at its end a rate near 0, with which the first step of a run
+        that goes on from it, for more epochs, would be lost; and whatever --learning_rate and --weight_decay it had.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        groups = self._made_optimizer().param_groups
+        for group, options in zip(groups, self._optimizer_options, strict=True):
+            group.update(options)
+        if isinstance(schedule, LambdaLR):
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            for group, peak, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                group["lr"] = peak * factor(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in groups]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         total = torch.stack([batch["loss_weights"][:, 1:].sum() for batch in batch_samples]).sum().to(device)
