@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ossia.config.base import Config
 from ossia.console import is_main_process, world_size
 from ossia.errors import OssiaError, UsageError, nearest
+from ossia.threads import share_cores
 
 
 class Command(NamedTuple):
@@ -69,6 +70,7 @@ ALIASES = {"deploy": "serve"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    share_cores()
     code = _exit_code(list(sys.argv[1:] if argv is None else argv))
     if world_size() > 1:
         # gloo's threads can abort a process at the interpreter's end, and closing its group can wait for ever.

@@ -14,6 +14,7 @@ ROOT = Path(ossia.__file__).parent
 ORDER = [
     "errors",
     "compat",
+    "threads",
     "console",
     "cache",
     "web",
@@ -57,7 +58,7 @@ def test_folders_import_only_from_above():
         if part in ("__init__", "__main__"):
             continue
         allowed = set(ORDER[: ORDER.index(part) + 1]) - (
-            {"errors", "compat", "console", "config", "template"} if part == "kernels" else set()
+            {"errors", "compat", "threads", "console", "config", "template"} if part == "kernels" else set()
         )
         wrong += [f"{file.relative_to(ROOT)} imports {name}" for name in imports(file) - allowed]
     assert not wrong

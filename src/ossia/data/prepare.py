@@ -34,6 +34,7 @@ from ossia.data.sources import Dataset, find_datasets, read_datasets
 from ossia.data.store import Batch, TokenRows
 from ossia.errors import OssiaError, UsageError
 from ossia.template.base import Template
+from ossia.threads import allowed_cores
 
 _CHUNK = 128
 _WORTH_PROCESSES = 2000
@@ -136,8 +137,7 @@ class _Job:
     def _processes(self, rows: int) -> int:
         if self.processes is not None:
             return self.processes
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cores, 16) if rows >= _WORTH_PROCESSES else 1
+        return min(allowed_cores(), 16) if rows >= _WORTH_PROCESSES else 1
 
     def key(self) -> str:
         """A hash of everything that the rows depend on."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ossia.errors import OssiaError, UsageError
+from ossia.threads import allowed_cores
 
 
 def processes_wanted() -> int:
@@ -32,7 +33,7 @@ def launch(processes: int) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, allowed_cores() // processes)))
     nodes = nodes_wanted()
     address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "0")
     config = LaunchConfig(

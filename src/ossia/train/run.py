@@ -28,6 +28,7 @@ from ossia.kernels.available import HAS_TRITON
 from ossia.model.folder import holds_mxfp4, read_json, resolve_model, weight_files
 from ossia.model.tokenizer import load_tokenizer
 from ossia.template.options import template_from
+from ossia.threads import allowed_cores
 from ossia.track import read_metrics
 from ossia.track.files import RUN, facts_of, note
 from ossia.track.jsonl import METRICS
@@ -557,7 +558,7 @@ def training_arguments(
 
 def _workers(wanted: int) -> int:
     """Processes that assemble batches: no more than this process's share of the cores."""
-    share = max(1, len(os.sched_getaffinity(0)) // world_size())
+    share = max(1, allowed_cores() // world_size())
     if wanted > share:
         say(f"--dataloader_num_workers {wanted}: {share} used, one per core that a process has here")
     return min(wanted, share)
