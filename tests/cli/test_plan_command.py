@@ -19,7 +19,7 @@ from ossia.config import PlanConfig, SftConfig
 from ossia.config.base import parse_bytes
 from ossia.model.sizes import SIZES
 from ossia.plan import here, rates
-from ossia.train import gpus
+from ossia.train import gpus, pace
 from ossia.train.plan import Parts
 
 CASES = [
@@ -135,9 +135,9 @@ def test_two_processes_train_twice_the_tokens(plan, monkeypatch):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--per_device_train_batch_size", 8, "--gradient_checkpointing", "false", "--gpu", "16GB"],
+        ["--max_length", 16384, "--gradient_checkpointing", "false", "--gpu", "16GB"],
         ["--max_length", 131072, "--gpu", "RTX 3090"],
-        ["--per_device_train_batch_size", 6, "--max_length", 16384, "--gpu", "RTX 4080"],
+        ["--per_device_train_batch_size", 6, "--max_length", 100000, "--gpu", "RTX 4080"],
         ["--lora_rank", 256, "--gpu", "24GB"],
         ["--lora_dropout", 0.1, "--max_length", 65536, "--gpu", "RTX 4090"],
         ["--memory_budget", "9GB", "--lora_rank", 64, "--gpu", "RTX 4090"],
@@ -170,19 +170,33 @@ def test_changes_are_the_mildest_of_their_kind(plan):
 
 def test_what_is_faster_fits_and_is_faster(plan):
     command = ["--model", "gpt-oss-20b", "--max_length", 1024, "--gpu", "RTX 4090", "--gradient_accumulation_steps", 8]
+    command += ["--gradient_checkpointing", "true"]
     code, before, said = plan(*command)
     assert code == 0
-    assert "same optimizer steps" in said
+    assert "--gradient_checkpointing auto" in said
     for change in before["gpus"][0]["changes"]:
         code, after, _ = plan(*command, *shlex.split(change["flags"]))
         assert code == 0
         rate = [figures["gpus"][0]["speed"]["tokens_per_second"] for figures in (before, after)]
         assert rate[1] > rate[0]
-    # Where the host's part would show, nothing is promised.
+    # A pass takes no less than its launches, whatever else is changed.
     short = ["--model", "gpt-oss-20b", "--max_length", 256, "--gpu", "H100", "--per_device_train_batch_size", 4]
-    _, figures, said = plan(*short)
+    figures = plan(*short)[1]
     assert figures["gpus"][0]["changes"] == []
-    assert "batches under 4,096 tokens were not measured" in said
+    assert figures["gpus"][0]["speed"]["seconds_per_optimizer_step"] == pytest.approx(24 * pace.HOST_LAYER)
+
+
+def test_batch_and_accumulation_are_one_plan(plan):
+    """Of 64 rows a step as many go through the model together as is fastest, however the flags divide them."""
+    flags = ("--model", "gpt-oss-20b", "--max_length", 512)
+    for gpu, passes in (("H100", 2), ("RTX 4090", 10)):
+        found = []
+        for size, times in ((1, 64), (64, 1), (4, 16)):
+            batch = ("--per_device_train_batch_size", size, "--gradient_accumulation_steps", times)
+            found.append(plan(*flags, *batch, "--gpu", gpu)[1]["gpus"][0])
+        assert found[0] == found[1] == found[2]
+        assert found[0]["passes_per_step"] == passes
+        assert found[0]["pass_tokens"] >= 64 * 512 / passes
 
 
 def test_forced_checkpointing_is_named_where_it_costs_time(plan):
@@ -350,11 +364,11 @@ def test_rows_without_a_tokenizer_are_estimated_and_it_is_said(plan, tmp_path):
 def test_packing_and_padding_are_counted(plan, tiny_gpt_oss, rows):
     flags = ["--model", tiny_gpt_oss, "--dataset", rows, "--gpu", "H100", "--max_length", 512]
     _, padded, said = plan(*flags, "--per_device_train_batch_size", 12)
-    assert padded["tokens_per_epoch"] < padded["padded_tokens_per_epoch"] == 12 * padded["longest"]
-    assert "of the batches is padding" in said
+    assert padded["tokens_per_epoch"] < padded["padded_tokens_per_epoch"] <= 1.03 * padded["tokens_per_epoch"]
+    assert padded["longest"] < 512
     _, packed, _ = plan(*flags, "--packing")
     assert packed["longest"] == 512
-    assert packed["padded_tokens_per_epoch"] % 512 == 0
+    assert packed["padded_tokens_per_epoch"] <= 1.03 * packed["tokens_per_epoch"]
 
 
 def test_a_hub_data_set_is_refused(plan):

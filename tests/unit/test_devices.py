@@ -9,6 +9,7 @@ from ossia.config import SftConfig
 from ossia.errors import UsageError
 from ossia.model import load
 from ossia.model.sizes import SIZES
+from ossia.train.pace import Steps
 from ossia.train.run import needs_autocast, plan_for
 
 
@@ -43,6 +44,7 @@ def test_what_is_slow_is_said(gpu, monkeypatch):
     assert "Triton is not installed" in "\n".join(load.path_lines(gpu(9, 0), dropout=False))
 
 
+STEPS = Steps.of([1024] * 40, 4, [512])
 TARGETS = ([f"layers.{layer}.self_attn.q_proj" for layer in range(24)], list(range(24)))
 
 
@@ -50,7 +52,7 @@ def plan(device, monkeypatch, **options):
     """`plan_for` before a GPU that is not there."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (80_000_000_000, 85_000_000_000))
     config = SftConfig(per_device_train_batch_size=4, **options)
-    return plan_for(config, SIZES["20b"], True, TARGETS, 1024, 512, device, torch.bfloat16)
+    return plan_for(config, SIZES["20b"], True, TARGETS, STEPS, device, torch.bfloat16)
 
 
 def test_a_plan_says_what_it_does(gpu, monkeypatch, capsys):
@@ -80,5 +82,5 @@ def test_other_models_and_devices_have_no_plan(gpu, capsys):
     llama = {"model_type": "llama"}
     cases = ((SIZES["20b"], torch.device("cpu"), torch.float32), (llama, gpu(9, 0), torch.bfloat16))
     for model, device, dtype in cases:
-        assert plan_for(config, model, True, TARGETS, 8, 0, device, dtype) is None
+        assert plan_for(config, model, True, TARGETS, STEPS, device, dtype) is None
     assert capsys.readouterr().out.count("--memory_budget: no effect here") == 2

@@ -164,7 +164,7 @@ def test_a_plan_fits_its_budget_or_is_refused_with_the_numbers(tokens, budget, r
 
 
 def test_what_fits_nowhere_is_refused_with_the_numbers():
-    with pytest.raises(OssiaError, match=r"leanest plan takes \d+\.\d GB, 4\.0 GB are there.*--per_device_train_batch"):
+    with pytest.raises(OssiaError, match=r"leanest plan takes \d+\.\d GB, 4\.0 GB are there.*Lower --max_length"):
         make_plan(sizes(4096), int(4e9))
 
 

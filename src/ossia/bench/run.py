@@ -8,12 +8,15 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ossia.compat import quiet_libraries
 from ossia.config import BenchConfig, SftConfig
 from ossia.console import say
 from ossia.errors import UsageError
+
+if TYPE_CHECKING:
+    from ossia.data.passes import Passes
 
 _WARM = 2  # steps that compile and settle
 _SHOWN = 40
@@ -31,7 +34,9 @@ def run(config: BenchConfig) -> dict[str, Any]:
 
     from ossia.adapters.inject import add_lora
     from ossia.bench.model import config_of, random_model
+    from ossia.data.passes import Passes
     from ossia.model.load import pick_device, pick_dtype
+    from ossia.train.pace import Steps
     from ossia.train.recompute import apply_plan
     from ossia.train.run import expandable_memory, plan_for, training_arguments
 
@@ -53,15 +58,18 @@ def run(config: BenchConfig) -> dict[str, Any]:
     layers = list(range(shape.num_hidden_layers))
     linear = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") for _ in layers]
     targets, dtype = (linear, layers), pick_dtype("auto", device)
-    plan = plan_for(sft, shape.to_dict(), True, targets, config.max_length, 0, device, dtype)
+    batch = config.per_device_train_batch_size
+    steps = Steps.alike(config.max_length, batch)
+    plan = plan_for(sft, shape.to_dict(), True, targets, steps, device, dtype)
     started = time.perf_counter()
     model = add_lora(random_model(shape, device, plan.offload() if plan else (), dtype=dtype), rank=config.lora_rank)
     say(f"random weights of gpt-oss-{config.size}: {time.perf_counter() - started:.1f} s")
     if plan is not None:
         apply_plan(model, plan)
     args = training_arguments(sft, False, dtype, device, plan)
-    seconds, kernels = _train(args, model, shape.vocab_size, config.max_length, config.profile)
-    tokens = config.per_device_train_batch_size * config.max_length
+    tokens = batch * config.max_length
+    passes = Passes(0, plan.sizes.tokens if plan else tokens)
+    seconds, kernels = _train(args, model, passes, shape.vocab_size, config.max_length, config.profile)
     rates = [tokens / second for second in seconds[_WARM:]]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     result = {
@@ -81,9 +89,8 @@ def run(config: BenchConfig) -> dict[str, Any]:
     if kernels:
         busy = sum(kernel["milliseconds"] for kernel in kernels)
         say(f"  {busy:9.2f} ms  busy, of {1e3 * statistics.median(seconds[_WARM:]):.2f} ms a step")
-    batch = f"{config.per_device_train_batch_size} × {config.max_length:,}"
     say(
-        f"{batch} tokens: {result['tokens_per_second']:,} tokens/s ({result['slowest']:,} to "
+        f"{batch} × {config.max_length:,} tokens: {result['tokens_per_second']:,} tokens/s ({result['slowest']:,} to "
         f"{result['fastest']:,}), first step {seconds[0]:.1f} s"
         + (f", {peak / 1e9:.1f} GB at the peak" if peak else "")
     )
@@ -93,7 +100,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
 
 
 def _train(
-    args: Any, model: Any, vocabulary: int, length: int, profiled: bool
+    args: Any, model: Any, passes: Passes, vocabulary: int, length: int, profiled: bool
 ) -> tuple[list[float], list[dict[str, Any]]]:
     """Seconds of each step; and where profiled the kernels of one more, the longest first."""
     import numpy as np
@@ -137,6 +144,7 @@ def _train(
             args=args,
             train_dataset=rows,
             data_collator=Collator(0),
+            passes=passes,
             tokenizer=None,
             callbacks=[clock],
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ossia.data.store import TokenRow, TokenRows
+if TYPE_CHECKING:
+    from ossia.data.store import TokenRow, TokenRows
 
 
 def pack(lengths: Iterable[int], capacity: int) -> list[list[int]]:
@@ -40,6 +41,12 @@ def pack(lengths: Iterable[int], capacity: int) -> list[list[int]]:
     return packs
 
 
+def bucket(tokens: int) -> int:
+    """The next of 64 lengths between powers of two: at most 1.6 % more."""
+    step = 1 << max(tokens.bit_length() - 7, 0)
+    return -(-tokens // step) * step
+
+
 class Fill(NamedTuple):
     """How many sequences, and the share of them that holds tokens."""
 
@@ -53,7 +60,7 @@ def fill(lengths: Sequence[int], capacity: int) -> Fill:
     return Fill(packs, sum(lengths) / (packs * capacity) if packs else 0.0)
 
 
-class PackedRows(Sequence[list[TokenRow]]):
+class PackedRows(Sequence["list[TokenRow]"]):
     """Rows packed into sequences of at most `capacity` tokens; an item is the rows of one sequence."""
 
     def __init__(self, rows: TokenRows, capacity: int) -> None:

@@ -41,7 +41,7 @@ class LossOutput(ModelOutput):
 
 class ExpertLoad:
     """How many tokens each expert of each layer is given: counted on the device, one small kernel a layer, while
-    `counting` is set. Padding is left out where a batch's mask tells of it; rows that a recomputed layer sees twice
+    `counting` is set. Padding is left out where a batch tells of it; rows that a recomputed layer sees twice
     count twice, so only shares within a layer mean something.
     """
 
@@ -176,23 +176,27 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
         labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
         label_smoothing: float = 0.0,
+        real: Tensor | None = None,
+        kept: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As transformers' forward; or, with `labels` [B, S] and `loss_weights` [B, S], the summed loss, of which
         `label_smoothing` is the share that asks for every token alike.
 
         Rows with a loss are padded on the right, or packed: then `position_ids` restart with each row and there is no
-        mask (`cu_seq_lens_q` and `max_length_q` say the same to attention on the GPU).
+        mask (`cu_seq_lens_q` and `max_length_q` say the same to attention on the GPU; so they do without a loss).
+        `real` [B, S] is 0 on padding where no mask tells, for the count of experts' tokens. `kept` are the positions
+        that carry loss, as a `Collator` gives them; without them the host waits for the GPU to find them.
         """
         cache = take_cache(kwargs)
-        trains = loss_weights is not None and labels is not None
+        trains, packed = loss_weights is not None and labels is not None, kwargs.get("cu_seq_lens_q") is not None
         if self.load is not None:
-            mask = kwargs.get("attention_mask")
-            self.load.real_T1 = mask.reshape(-1, 1) if trains and isinstance(mask, Tensor) else None
-        if trains and self.config._attn_implementation == attention.NAME:
+            mask = kwargs.get("attention_mask") if real is None else real
+            self.load.real_T1 = mask.reshape(-1, 1).long() if trains and isinstance(mask, Tensor) else None
+        if (trains or packed) and self.config._attn_implementation == attention.NAME:
             # Causal attention never looks right, so padding there needs no mask.
             kwargs["attention_mask"] = dict.fromkeys(_MASKS)
-            if input_ids is not None and kwargs.get("cu_seq_lens_q") is None:
+            if input_ids is not None and not packed:
                 batch, length = input_ids.shape
                 kwargs["whole_by_cudnn"] = worth_cudnn(batch, length, input_ids.device)
         elif self._needs_no_mask(input_ids, cache, **kwargs):
@@ -205,7 +209,7 @@ class OssiaGptOssForCausalLM(GptOssForCausalLM):
         hidden = self.model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
         head_VH, options = self.lm_head.weight, (self.loss_chunk, label_smoothing)
         losses = torch.zeros(labels.shape, device=hidden.device)
-        return LossOutput(*shifted_loss(hidden, head_VH, labels, loss_weights, *options, losses), losses)
+        return LossOutput(*shifted_loss(hidden, head_VH, labels, loss_weights, *options, losses, kept), losses)
 
     def _needs_no_mask(
         self,
@@ -251,11 +255,13 @@ def shifted_loss(
     chunk: int = 1024,
     label_smoothing: float = 0.0,
     losses: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed loss and right guesses where position t predicts label t+1. hidden [B, S, H], the others [B, S]; `losses`
-    are filled where given."""
+    are filled where given; `kept` int64 [N] as a `Collator` gives it (None: looked for)."""
     # The last position of a row predicts nothing: weight 0 instead of a copy of all others.
     label, weight = (F.pad(x[:, 1:], (0, 1)).flatten() for x in (labels, loss_weights))
     flat_TH = hidden.flatten(0, 1)
     flat_losses = None if losses is None else losses.view(-1)
-    return linear_cross_entropy(flat_TH, head_VH.to(flat_TH.dtype), label, weight, chunk, label_smoothing, flat_losses)
+    options = (chunk, label_smoothing, flat_losses, kept)
+    return linear_cross_entropy(flat_TH, head_VH.to(flat_TH.dtype), label, weight, *options)

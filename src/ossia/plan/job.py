@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ossia.adapters.targets import match_targets
 from ossia.config import PlanConfig
 from ossia.plan.base import Base
+from ossia.train.pace import Steps, mean_tokens
 from ossia.train.plan import Sizes, sizes_of
 from ossia.train.schedule import optimizer_steps
 
@@ -19,22 +20,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Batches:
+class Epoch:
     """What an epoch is made of.
 
     Args:
-        count: batches of each process.
+        batches: of rows, of each process.
         tokens: of all rows.
-        padded: with the padding of batches.
-        tokens_each: of a batch, padding included, on average.
-        length: of a row as a token sees it, on average.
+        padded: with the padding of passes.
     """
 
-    count: int
+    batches: int
     tokens: int
     padded: int
-    tokens_each: float
-    length: float
 
 
 @dataclass(frozen=True)
@@ -73,17 +70,25 @@ class Job:
         return self.base.quantized and self.config.experts != "dequantized"
 
     def sizes(self) -> Sizes:
-        """What a plan depends on."""
-        return sizes_of(
-            self.config,
-            self.base.config,
-            self.quantized,
-            self.targets,
-            self.longest,
-            self._longest(self.held) if self.held is not None else 0,
-            parallel=self.processes > 1,
-            triton=True,
-        )
+        """What a plan depends on, but for the tokens of a pass."""
+        parallel = self.processes > 1
+        return sizes_of(self.config, self.base.config, self.quantized, self.targets, parallel=parallel, triton=True)
+
+    @cached_property
+    def steps(self) -> Steps:
+        """What optimizer steps are made of; rows may be longer than `lengths` say by the margin."""
+        config, limit = self.config, self.config.max_length
+        if self.lengths is None:
+            rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+            return Steps.alike(self.longest, rows)
+        lengths = self._within(self.lengths, limit)
+        held = None if self.held is None else self._within(self.held, limit)
+        found = Steps.of_run(config, lengths, held)
+        if self.margin == 1:
+            return found
+        longest, held_longest = self._longest(self.lengths), 0 if self.held is None else self._longest(self.held)
+        most = math.ceil(self.margin * found.most)
+        return replace(found, longest=max(found.longest, longest), most=most, held_longest=held_longest)
 
     def stored(self, *, quantized: bool) -> int:
         """Bytes of the model on disk, experts in MXFP4 or in bfloat16."""
@@ -97,15 +102,12 @@ class Job:
         return self.config.max_length if self.lengths is None else self._longest(self.lengths)
 
     @property
-    def tokens(self) -> float:
-        """Of a batch, padding included, on average."""
-        rows = self.config.per_device_train_batch_size
-        return self.batches.tokens_each if self.batches else rows * self.longest
-
-    @property
     def length(self) -> float:
         """Tokens of a row as a token sees it, on average."""
-        return self.batches.length if self.batches else self.config.max_length
+        if self.lengths is None:
+            return self.config.max_length
+        lengths = self._within(self.lengths, self.config.max_length).astype(float)
+        return float((lengths**2).sum() / lengths.sum())
 
     @property
     def left_out(self) -> int:
@@ -113,31 +115,25 @@ class Job:
         return 0 if self.lengths is None else int((self.lengths > self.config.max_length).sum())
 
     @cached_property
-    def batches(self) -> Batches | None:
-        """Of an epoch; None without data."""
+    def epoch(self) -> Epoch | None:
+        """None without data."""
         if self.lengths is None:
             return None
-        import numpy as np
-
-        lengths = self._within(self.lengths, self.config.max_length).astype(np.int64)
-        tokens, length = int(lengths.sum()), float((lengths**2).sum() / lengths.sum())
-        size = self.config.per_device_train_batch_size
+        lengths = self._within(self.lengths, self.config.max_length)
+        tokens, items = int(lengths.sum()), len(lengths)
         if self.config.packing:
             from ossia.data.packing import fill
 
-            sequences = fill(lengths.tolist(), self.longest).packs
-            widths = np.full(sequences, self.longest)
-        else:
-            widths = np.random.default_rng(self.config.seed).permutation(lengths)
-        groups = [widths[at : at + size] for at in range(0, len(widths), size)]
-        padded = sum(int(group.max()) * len(group) for group in groups)
-        return Batches(math.ceil(len(groups) / self.processes), tokens, padded, padded / len(groups), length)
+            items = fill(lengths.tolist(), self.longest).packs
+        batches = math.ceil(math.ceil(items / self.config.per_device_train_batch_size) / self.processes)
+        padding = mean_tokens(self.steps.passes(self.steps.most)) / self.steps.tokens
+        return Epoch(batches, tokens, round(tokens * padding))
 
     def optimizer_steps(self) -> tuple[int | None, int | None]:
         """(of an epoch, of the run); None where only data tells."""
-        if self.batches is None:
+        if self.epoch is None:
             return None, self.config.max_steps if self.config.max_steps > 0 else None
-        return optimizer_steps(self.config, self.batches.count)
+        return optimizer_steps(self.config, self.epoch.batches)
 
     def _longest(self, lengths: NDArray[np.int32]) -> int:
         limit = self.config.max_length

@@ -18,10 +18,11 @@ from ossia.plan.advice import Change, try_plan, what_fits, what_is_faster
 from ossia.plan.base import Base, find_base
 from ossia.plan.here import Place, common, places, present
 from ossia.plan.job import Job
-from ossia.plan.rates import Rate, least_tokens, rate
+from ossia.plan.rates import Rate, rate
 from ossia.plan.show import show
 from ossia.train.gpus import AMPERE, GPUS
 from ossia.train.launch import nodes_wanted, processes_wanted
+from ossia.train.pace import mean_tokens, sized
 from ossia.train.plan import KINDS, PLANNED, Plan, Sizes, budget_of, leanest
 
 _TOKENIZER = 30 * 10**6
@@ -59,7 +60,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
 
 def report(job: Job, where: list[Place]) -> dict[str, Any]:
     """What is known of a run on each of these GPUs, as plain values; bytes and seconds."""
-    config, batches, sizes = job.config, job.batches, job.sizes()
+    config, rows, sizes = job.config, job.epoch, job.sizes()
     linear, expert_layers = job.targets
     epoch, steps = job.optimizer_steps()
     return {
@@ -74,12 +75,11 @@ def report(job: Job, where: list[Place]) -> dict[str, Any]:
         "accumulated": config.gradient_accumulation_steps,
         "processes": job.processes,
         "packing": config.packing,
-        "least_tokens_measured": least_tokens(),
-        "batch_tokens": job.tokens,
+        "step_tokens": job.steps.tokens,
         "margin": job.margin,
         "rows": None if job.lengths is None else len(job.lengths),
-        "tokens_per_epoch": batches.tokens if batches else None,
-        "padded_tokens_per_epoch": batches.padded if batches else None,
+        "tokens_per_epoch": rows.tokens if rows else None,
+        "padded_tokens_per_epoch": rows.padded if rows else None,
         "epochs": config.num_train_epochs,
         "optimizer_steps_per_epoch": epoch,
         "optimizer_steps": steps,
@@ -126,18 +126,18 @@ def _job(config: PlanConfig, base: Base) -> Job:
 
 
 def _on(job: Job, place: Place) -> dict[str, Any]:
-    plan = try_plan(job, place.free)
-    found = plan or leanest(job.sizes(), job.config.gradient_checkpointing)
+    plan = try_plan(job, place)
+    found = plan or leanest(sized(job.sizes(), job.steps, job.steps.longest), job.config.gradient_checkpointing)
     speed = _rate(place, job, found) if plan else None
-    changes: list[Change] = (
-        what_is_faster(job, place.free, partial(_pace, place)) if plan else what_fits(job, place.free)
-    )
+    changes: list[Change] = what_is_faster(job, place, partial(_pace, place)) if plan else what_fits(job, place)
     return {
         "name": place.title,
         "free": place.free,
         "budget": budget_of(job.config, place.free),
         "fits": plan is not None,
         "peak": found.peak,
+        "pass_tokens": found.sizes.tokens,
+        "passes_per_step": sum(map(len, job.steps.passes(found.sizes.tokens))) / len(job.steps.drawn),
         "parts": found.parts._asdict(),
         "host": found.host,
         "recompute": {kind: found.recompute.count(kind) for kind in KINDS},
@@ -159,30 +159,30 @@ def _on(job: Job, place: Place) -> dict[str, Any]:
 
 
 def _rate(place: Place, job: Job, plan: Plan) -> Rate | None:
-    return rate(plan, job.base.config, place.gpu, job.length) if place.gpu else None
+    if place.gpu is None:
+        return None
+    passes = job.steps.passes(plan.sizes.tokens)
+    tokens = mean_tokens(passes) * len(passes) / sum(map(len, passes))
+    return rate(plan, job.base.config, place.gpu, job.length, tokens)
 
 
 def _pace(place: Place, job: Job, plan: Plan) -> float | None:
     """Seconds of an epoch; without data, of a token."""
-    found, batches = _rate(place, job, plan), job.batches
+    found = _rate(place, job, plan)
     if found is None:
         return None
-    if batches is None:
-        return found.seconds(job.tokens, job.length) / job.tokens
-    return batches.count * found.seconds(job.tokens, job.length)
+    seconds, (epoch, _) = found.step_seconds(job.steps, job.length), job.optimizer_steps()
+    return seconds / job.steps.tokens if epoch is None else epoch * seconds
 
 
 def _speed(job: Job, found: Rate) -> dict[str, Any]:
-    batches, source = job.batches, found.source
-    seconds = found.seconds(job.tokens, job.length)
-    epoch = batches.count * seconds if batches else None
-    _, steps = job.optimizer_steps()
-    real = batches.tokens / batches.padded if batches else 1.0
+    source, seconds = found.source, found.step_seconds(job.steps, job.length)
+    epoch, steps = job.optimizer_steps()
     return {
-        "tokens_per_second": round(job.processes * job.tokens * real / seconds),
-        "seconds_per_optimizer_step": seconds * job.config.gradient_accumulation_steps,
-        "seconds_per_epoch": epoch,
-        "seconds": steps * job.config.gradient_accumulation_steps * seconds if steps else None,
+        "tokens_per_second": round(job.processes * job.steps.tokens / seconds),
+        "seconds_per_optimizer_step": seconds,
+        "seconds_per_epoch": epoch * seconds if epoch else None,
+        "seconds": steps * seconds if steps else None,
         "measured": found.measured,
         "source": {
             "device": source.device,
@@ -212,7 +212,7 @@ def _peak_of(sizes: Sizes, kind: str) -> int:
 def _larger(job: Job, free: int) -> str | None:
     """The smallest GPU that takes the run as it is."""
     known = sorted((gpu for gpu in GPUS if gpu.capability >= AMPERE and gpu.free > free), key=lambda gpu: gpu.free)
-    return next((gpu.title for gpu in known if try_plan(job, gpu.free)), None)
+    return next((gpu.title for gpu in known if try_plan(job, Place(gpu.title, gpu.free, gpu))), None)
 
 
 def _disk(job: Job, epoch: int | None, steps: int | None) -> dict[str, Any]:
@@ -220,10 +220,10 @@ def _disk(job: Job, epoch: int | None, steps: int | None) -> dict[str, Any]:
     stored = {kind: job.stored(quantized=kind) for kind in (True, False)}
     checkpoint = 12 * sizes.adapters + _TOKENIZER
     saved = _saved(config, epoch, steps)
-    batches = job.batches
+    rows = job.epoch
     needed = {
         "weights": 0 if job.base.weights else stored[job.base.quantized],
-        "rows": batches.tokens * _TOKEN if batches else 0,
+        "rows": rows.tokens * _TOKEN if rows else 0,
         "checkpoints": checkpoint * saved if saved is not None else None,
     }
     there = Path(config.output_dir).expanduser().absolute()

@@ -73,7 +73,7 @@ def _head(result: dict[str, Any]) -> list[str]:
         )
         about = estimate if result["margin"] > 1 else ""
         padding = 1 - result["tokens_per_epoch"] / result["padded_tokens_per_epoch"]
-        padded = f"; {padding:.0%} of the batches is padding" if padding > 0.005 else ""
+        padded = f"; {padding:.0%} of the passes is padding" if padding > 0.005 else ""
         lines.append(f"data: {counted(result['rows'], 'row')}, {result['tokens_per_epoch']:,} tokens{about}{padded}")
         steps, epoch = result["optimizer_steps"], result["optimizer_steps_per_epoch"]
         whole = f"; {steps:,} in all" if steps != epoch else ""
@@ -93,6 +93,7 @@ def _in_full(result: dict[str, Any], gpus: list[dict[str, Any]]) -> Any:
     table.add_row("the run may take", *[f"{gpu['budget'] / GB:.2f}" for gpu in gpus])
     table.add_row("fits", *["yes" if gpu["fits"] else "no" for gpu in gpus], style="bold")
     table.add_row("host memory, GB", *[f"{gpu['host'] / GB:.1f}" for gpu in gpus])
+    table.add_row("passes a step", *[_passes(gpu) for gpu in gpus])
     table.add_row("layers made again", *[f"{_again(gpu)} of {result['layers']}" for gpu in gpus])
     table.add_row("tokens/s", *[_speed(gpu) for gpu in gpus])
     table.add_row(*_times(result, gpus))
@@ -153,8 +154,6 @@ def _rates(result: dict[str, Any]) -> list[str]:
             lines.append(f"{said} {where}")
     if any(not gpu["speed"]["measured"] and not gpu["grouped"] for gpu in gpus):
         lines.append("expect less below compute capability 9.0, where torch multiplies experts one by one")
-    if gpus and result["batch_tokens"] < result["least_tokens_measured"]:
-        lines.append(f"expect less: batches under {result['least_tokens_measured']:,} tokens were not measured")
     lines += dict.fromkeys(f"?: {gpu['no_speed']}" for gpu in result["gpus"] if gpu["no_speed"])
     if any(gpu["slow"] for gpu in gpus):
         lines.append("with few experts at a time or experts in host memory, rates were seen to vary twofold")
@@ -193,6 +192,10 @@ def _speed(gpu: dict[str, Any]) -> str:
 
 def _again(gpu: dict[str, Any]) -> int:
     return sum(count for kind, count in gpu["recompute"].items() if kind != "none")
+
+
+def _passes(gpu: dict[str, Any]) -> str:
+    return f"{gpu['passes_per_step']:.1f}".removesuffix(".0")
 
 
 def _of(count: int, whole: int) -> str:

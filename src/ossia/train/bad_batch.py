@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ def keep_batches(path: Path, step: Step, dataset: Any, tokenizer: Any) -> list[s
     """
     rows = dataset.rows if isinstance(dataset, PackedRows) else dataset
     lines = []
-    for ids, weights in _rows_of(step.batches):
+    for row in step.rows:
+        ids, weights = row.input_ids, row.loss_weights
         place = _place(rows, ids) if isinstance(rows, TokenRows) else None
         source = rows.source(place) if place is not None else "unknown"
         line = {"step": step.number, "row": place, "source": source, "loss_weights": weights.tolist()}
@@ -39,21 +39,6 @@ def keep_batches(path: Path, step: Step, dataset: Any, tokenizer: Any) -> list[s
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         path.write_text(text, encoding="utf-8")
     return [line["source"] for line in lines]
-
-
-def _rows_of(batches: list[dict[str, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids and loss weights of each row, padding left out."""
-    for batch in batches:
-        ids, weights = batch["input_ids"].cpu().numpy(), batch["loss_weights"].cpu().numpy()
-        for index in range(len(ids)):
-            if "attention_mask" in batch:
-                length = int(batch["attention_mask"][index].sum())
-                yield ids[index, :length], weights[index, :length]
-                continue
-            starts = np.flatnonzero(batch["position_ids"][index].cpu().numpy() == 0)
-            for begin, end in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
-                if weights[index, begin:end].any():
-                    yield ids[index, begin:end], weights[index, begin:end]
 
 
 def _place(rows: TokenRows, ids: np.ndarray) -> int | None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ossia.data.store import TokenRow
+
 EXPLODED = 3.0
 """A loss this many times over that of the first step, or of a uniform guess, has exploded."""
 
@@ -23,7 +25,7 @@ class Step:
     """An optimizer step before its update. `wishes`: how many processes have each."""
 
     number: int
-    batches: list[dict[str, Any]]
+    rows: list[TokenRow]
     sound: bool
     loss: float
     norm: float
@@ -46,16 +48,14 @@ class Guard:
         self.limit: Tensor | None = None
         self.unsound = torch.zeros((), device=device)
         self._uniform = math.log(vocabulary)
-        self._waiting: deque[tuple[int, list[dict[str, Any]], Tensor, Any]] = deque()
+        self._waiting: deque[tuple[int, list[TokenRow], Tensor, Any]] = deque()
 
-    def watch(
-        self, number: int, batches: list[dict[str, Any]], loss: Tensor, norm: Tensor, wishes: list[float]
-    ) -> None:
+    def watch(self, number: int, rows: list[TokenRow], loss: Tensor, norm: Tensor, wishes: list[float]) -> None:
         """Take a step. `unsound` is 1 from the first bad step on.
 
         Args:
             number: of the step, from 1.
-            batches: it was made of.
+            rows: of this process, that it was made of.
             loss: of this process; scalar, its mean over processes is the step's.
             norm: of the gradient; scalar.
             wishes: of this process, 0 or 1 each; one process alone knows its own.
@@ -71,7 +71,7 @@ class Guard:
         self.unsound = torch.maximum(self.unsound, ((values[0] > 0) | (values[1] > self.limit)).float())
         mean = torch.where(values[0] > 0, loss, values[1])
         report, event = _to_host(torch.cat([torch.stack([self.unsound, mean, norm]), values[2:]]))
-        self._waiting.append((number, batches, report, event))
+        self._waiting.append((number, rows, report, event))
 
     def known(self, wait: bool = False) -> list[Step]:
         """Steps whose verdict is there and was not given yet.
@@ -81,11 +81,11 @@ class Guard:
         """
         steps = []
         while len(self._waiting) > (1 if self.late and not wait else 0):
-            number, batches, report, event = self._waiting.popleft()
+            number, rows, report, event = self._waiting.popleft()
             if event is not None:
                 event.synchronize()
             unsound, loss, norm, *wishes = report.tolist()
-            steps.append(Step(number, batches, not unsound, loss, norm, wishes))
+            steps.append(Step(number, rows, not unsound, loss, norm, wishes))
         return steps
 
 

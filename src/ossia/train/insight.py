@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ossia.console import say
-from ossia.data.collate import Collator
+from ossia.data.collate import on_device
+from ossia.data.passes import Passes
 from ossia.data.store import TokenRow, TokenRows
 from ossia.model.gpt_oss import ExpertLoad, Router
 from ossia.template.base import Template
@@ -24,6 +25,7 @@ from ossia.template.history import readable
 from ossia.track import Trackers
 from ossia.track.files import write_aside
 from ossia.track.report import EXPERTS, SAMPLES
+from ossia.train.trainer import sums_of
 
 _PROBE_ROWS, _PROBE_TOKENS = 8, 8_192
 _LONGEST_PROMPT = 1024
@@ -96,10 +98,10 @@ class ExpertCallback(TrainerCallback):
     through the model, once without adapters, and written to `experts.json` for the report.
     """
 
-    def __init__(self, run: Path, model: nn.Module, rows: TokenRows, pad_id: int, batch_size: int) -> None:
+    def __init__(self, run: Path, model: nn.Module, rows: TokenRows, passes: Passes) -> None:
         self.file = run / EXPERTS
         self.load = ExpertLoad(model)
-        self.batches = _probe(rows, pad_id, batch_size)
+        self.batches = _probe(rows, passes)
         self.base_LE: Tensor | None = None
         self._step = -1
 
@@ -159,7 +161,7 @@ class ExpertCallback(TrainerCallback):
             self.load.counting = True
             with _quietly(model, args):
                 for batch in self.batches:
-                    model(**{name: tensor.to(args.device) for name, tensor in batch.items() if name != "channels"})
+                    sums_of(model, on_device(batch, args.device))
         finally:
             self.load.counting = False
         load_LE = self.load.take()
@@ -256,7 +258,7 @@ def _prompts(rows: TokenRows, count: int, template: Template) -> Iterator[tuple[
         )
 
 
-def _probe(rows: Sequence[TokenRow], pad_id: int, batch_size: int) -> list[dict[str, Tensor]]:
+def _probe(rows: Sequence[TokenRow], passes: Passes) -> list[dict[str, Any]]:
     """Batches of the first rows, as many as a look at the experts may cost."""
     chosen: list[TokenRow] = []
     room = _PROBE_TOKENS
@@ -265,8 +267,7 @@ def _probe(rows: Sequence[TokenRow], pad_id: int, batch_size: int) -> list[dict[
         if len(chosen) == _PROBE_ROWS or (room < 0 and chosen):
             break
         chosen.append(row)
-    collate = Collator(pad_id)
-    return [collate(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
+    return passes.batches(chosen)
 
 
 @contextlib.contextmanager

@@ -35,11 +35,11 @@ class Sizes:
     """What a plan depends on.
 
     Args:
-        tokens: of the largest batch, padding included.
-        eval_tokens: of the largest batch of held-out rows.
+        tokens: of the largest pass, padding included.
+        eval_tokens: of the largest pass of held-out rows.
         rank: of the experts' adapters; 0: they have none.
         adapters: parameters that train, all layers together.
-        accumulates: whether gradients outlive a forward pass (gradient accumulation).
+        accumulates: whether gradients outlive a forward pass (steps of several).
         parallel: whether several processes train, each with a second copy of its gradients to exchange.
         quantized: experts in MXFP4, else in bfloat16.
         fused: whether experts take the fused path; without it plans are rough, on the safe side.
@@ -306,7 +306,7 @@ class Plan:
         lines = [
             f"plan: {self.peak / GB:.1f} GB at the peak of {self.budget / GB:.1f} GB "
             f"(weights {self.weights / GB:.1f}, adapters and optimizer {16 * s.adapters / GB:.1f}, "
-            f"batches of {s.tokens:,} tokens)",
+            f"passes of up to {s.tokens:,} tokens)",
             f"plan: of {s.layers} layers {kinds}",
         ]
         moved = []
@@ -330,31 +330,25 @@ def sizes_of(
     model: dict[str, Any],
     quantized: bool,
     targets: tuple[list[str], list[int]],
-    length: int,
-    held_length: int,
     *,
     parallel: bool,
     triton: bool,
 ) -> Sizes:
-    """What the plan of a run depends on.
+    """What the plan of a run depends on, but for the tokens of its passes: `ossia.train.pace.plan_passes` finds those.
 
     Args:
-        config: batch and adapters.
+        config: adapters.
         model: gpt-oss's config.json.
         quantized: whether experts stay in MXFP4.
         targets: adapted linear layers, and layers whose experts are adapted.
-        length: tokens of the longest row.
-        held_length: of the longest held-out row; 0: there is none.
         parallel: whether several processes train.
         triton: whether it is installed where the run is.
     """
     return Sizes.of(
         model,
-        tokens=config.per_device_train_batch_size * length,
-        eval_tokens=config.per_device_eval_batch_size * held_length,
+        tokens=0,
         rank=config.lora_rank if targets[1] else 0,
         adapters=adapter_parameters(model, config.lora_rank, *targets),
-        accumulates=config.gradient_accumulation_steps > 1,
         parallel=parallel,
         quantized=quantized,
         fused=not (config.lora_dropout and targets[1]) and triton,
@@ -452,6 +446,6 @@ def _does_not_fit(sizes: Sizes, budget: int, checkpointing: str) -> str:
     more = "" if checkpointing != "false" else ", or leave --gradient_checkpointing at auto"
     return (
         f"out of GPU memory before it starts: the leanest plan takes {smallest / GB:.1f} GB, {budget / GB:.1f} GB are "
-        f"there (a batch has {sizes.tokens:,} tokens). Lower --per_device_train_batch_size or --max_length, or "
-        f"--lora_rank{more}; ossia plan with the same flags says what would fit"
+        f"there (the longest row has {sizes.tokens:,} tokens). Lower --max_length or --lora_rank{more}; ossia plan "
+        "with the same flags says what would fit"
     )

@@ -19,6 +19,7 @@ from ossia.config import SftConfig
 from ossia.config.base import parse_seconds
 from ossia.console import counted, say, tool, world_size
 from ossia.data.packing import PackedRows
+from ossia.data.passes import Passes
 from ossia.data.prepare import prepare, split
 from ossia.data.sources import find_datasets
 from ossia.data.store import TokenRows
@@ -37,8 +38,10 @@ from ossia.train.adapters import check_scale, one_adapter, take_settings
 from ossia.train.checkpoint import checkpoints
 from ossia.train.deterministic import before_cuda, deterministic
 from ossia.train.folder import new_run_folder, save_options
+from ossia.train.gpus import of_device
 from ossia.train.launch import launch, nodes_wanted, processes_wanted
-from ossia.train.plan import PLANNED, Plan, budget_of, make_plan, sizes_of
+from ossia.train.pace import Steps, plan_passes
+from ossia.train.plan import PLANNED, Plan, budget_of, sizes_of
 from ossia.train.resume import Start, check_facts, data_facts, find_start, resume_command, take_back
 from ossia.train.schedule import factor_of, optimizer_steps, schedule_lines, warmup_steps
 from ossia.train.sharding import check_sharding, lay_out, sharding_arguments
@@ -158,6 +161,23 @@ def read_rows(config: SftConfig, template: Any) -> tuple[TokenRows, TokenRows | 
     return rows, held
 
 
+def _passes(
+    config: SftConfig, model: Any, pad_id: int, rows: TokenRows | PackedRows, held: TokenRows | None, plan: Plan | None
+) -> tuple[Passes, Passes]:
+    """How rows become passes, to train on and held out: as planned; else about as large as the batches asked for."""
+    from ossia.train.trainer import default_passes, keeps_apart
+
+    if plan is not None:
+        return Passes(pad_id, plan.sizes.tokens), Passes(pad_id, plan.sizes.eval_tokens or 1)
+    apart = keeps_apart(model)
+    if not apart:
+        name = type(model.get_base_model()).__name__
+        say(f"rows are padded, short ones apart from long: {name} lets rows that lie end to end see each other")
+    sizes = ((rows, config.per_device_train_batch_size), (held, config.per_device_eval_batch_size))
+    training, evaluation = (default_passes(model, pad_id, apart, *size) for size in sizes)
+    return training, evaluation
+
+
 def _packed(config: SftConfig, rows: TokenRows) -> PackedRows:
     packed = PackedRows(rows, config.packing_length or config.max_length)
     samples, sequences = counted(len(rows), "sample"), counted(len(packed), "sequence")
@@ -175,9 +195,8 @@ def _plan(
     dtype: torch.dtype,
 ) -> Plan | None:
     quantized = config.experts != "dequantized" and holds_mxfp4(weight_files(folder))
-    length = (config.packing_length or config.max_length) if config.packing else int(rows.lengths.max())
-    held_length = int(held.lengths.max()) if held else 0
-    return plan_for(config, read_json(folder / "config.json"), quantized, targets, length, held_length, device, dtype)
+    steps = Steps.of_run(config, rows.lengths, held.lengths if held else None)
+    return plan_for(config, read_json(folder / "config.json"), quantized, targets, steps, device, dtype)
 
 
 def plan_for(
@@ -185,20 +204,18 @@ def plan_for(
     model: dict[str, Any],
     quantized: bool,
     targets: tuple[list[str], list[int]],
-    length: int,
-    held_length: int,
+    steps: Steps,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Plan | None:
     """How a run uses the GPU's memory, said in lines; None where that is not ours to choose.
 
     Args:
-        config: batch, rank, budget.
+        config: rank, budget.
         model: its config.json.
         quantized: whether experts stay in MXFP4.
         targets: adapted linear layers, and layers whose experts are adapted.
-        length: tokens of the longest row.
-        held_length: of the longest held-out row; 0: there is none.
+        steps: what its optimizer steps are made of.
         device: where it trains.
         dtype: in what.
 
@@ -214,21 +231,13 @@ def plan_for(
         if config.memory_budget:
             say("--memory_budget: no effect here; it plans gpt-oss with flash attention on a GPU from Ampere on")
         return None
-    sizes = sizes_of(
-        config,
-        model,
-        quantized,
-        targets,
-        length,
-        held_length,
-        parallel=world_size() > 1,
-        triton=HAS_TRITON,
-    )
+    sizes = sizes_of(config, model, quantized, targets, parallel=world_size() > 1, triton=HAS_TRITON)
     free = torch.cuda.mem_get_info(device)[0]
     budget = budget_of(config, free)
     if budget > free:
         raise UsageError(f"--memory_budget {config.memory_budget}: this GPU has {free / 1e9:.1f} GB free")
-    plan = make_plan(sizes, budget, config.gradient_checkpointing)
+    gpu = of_device(torch.cuda.get_device_name(device))
+    plan = plan_passes(sizes, budget, steps, model, gpu, config.gradient_checkpointing)
     for line in plan.lines():
         say(line)
     return plan
@@ -277,9 +286,9 @@ def _train(
     device = pick_device(config.device)
     dtype = pick_dtype(config.torch_dtype, device)
     plan = _plan(config, folder, targets, rows, held, device, dtype)
+    train_rows = _packed(config, rows) if config.packing else rows
     args = training_arguments(config, bool(held), dtype, device, plan)
-    dataset = _packed(config, rows) if config.packing else rows
-    _check_schedule(config, len(dataset), start)
+    _check_schedule(config, len(train_rows), start)
     state = PartialState(cpu=device.type == "cpu")
     set_seed(config.seed)
     model = load_model(
@@ -316,6 +325,7 @@ def _train(
             say(line)
     if config.packing:
         check_packing(wrapped)
+    passes = _passes(config, wrapped, template.pad_id, train_rows, held, plan)
     if args.deepspeed or args.fsdp:
         lay_out(wrapped)
     for line in coverage_lines(wrapped, total):
@@ -343,9 +353,9 @@ def _train(
     args.eval_on_start = start.evaluation_due if start.checkpoint else config.eval_on_start
     shown = PanelCallback() if on_terminal() else LinesCallback()
     stop = StopCallback(parse_seconds(config.max_time, "--max_time") if config.max_time else None, began, shown.tell)
-    watch = _insight(config, folder, args, wrapped, template, rows, held, trackers, shown)
+    watch = _insight(config, folder, args, wrapped, template, rows, held, passes, trackers, shown)
     watch += [shown, TrackCallback(trackers)]
-    trainer = _trainer(config, folder, args, wrapped, template, dataset, held, watch, facts, stop)
+    trainer = _trainer(config, folder, args, wrapped, template, train_rows, held, passes, watch, facts, stop)
     say(f"run: {run_dir}")
     if start.checkpoint is not None:
         say(f"going on from {start.checkpoint}")
@@ -438,8 +448,9 @@ def _trainer(
     args: TrainingArguments,
     model: Any,
     template: Any,
-    dataset: TokenRows | PackedRows,
+    rows: TokenRows | PackedRows,
     held: TokenRows | None,
+    passes: tuple[Passes, Passes],
     watch: list[TrainerCallback],
     facts: dict[str, Any],
     stop: StopCallback,
@@ -458,9 +469,11 @@ def _trainer(
         facts=facts,
         stop=stop,
         args=args,
-        train_dataset=dataset,
+        train_dataset=rows,
         eval_dataset=held,
         data_collator=Collator(template.pad_id),
+        passes=passes[0],
+        held_passes=passes[1],
         tokenizer=template.tokenizer,
         callbacks=[
             *watch,
@@ -485,6 +498,7 @@ def _insight(
     template: Any,
     rows: TokenRows,
     held: TokenRows | None,
+    passes: tuple[Passes, Passes],
     trackers: Trackers,
     shown: Any,
 ) -> list[TrainerCallback]:
@@ -502,8 +516,8 @@ def _insight(
         found.append(insight.RateCallback(work, peak * args.world_size))
     run_dir, whole = Path(str(args.output_dir)), not (args.fsdp or args.deepspeed)
     if config.log_expert_load and whole and insight.has_experts(model):
-        size = config.per_device_eval_batch_size
-        found.append(insight.ExpertCallback(run_dir, model, held or rows, template.pad_id, size))
+        probed = (held, passes[1]) if held else (rows, passes[0])
+        found.append(insight.ExpertCallback(run_dir, model, *probed))
     if config.sample_prompts and whole and held:
         prompts = (held, config.sample_prompts)
         found.append(insight.SampleCallback(run_dir, *prompts, template, trackers, shown))
@@ -535,9 +549,8 @@ def training_arguments(
             lr_scheduler_kwargs=config.lr_scheduler_kwargs or None,
             bf16=needs_autocast(dtype, plan),
             use_cpu=on_cpu,
-            dataloader_pin_memory=not on_cpu,
-            # A blocking copy would wait for the step before, and the GPU then for the host.
-            accelerator_config={"non_blocking": not on_cpu},
+            # Rows come as they are; `SftTrainer` makes tensors of them.
+            dataloader_pin_memory=False,
             dataloader_num_workers=_workers(config.dataloader_num_workers),
             gradient_checkpointing_kwargs={"use_reentrant": False},
             metric_for_best_model="eval_loss" if has_eval else None,

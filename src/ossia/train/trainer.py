@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SchedulerType
 
 from ossia.adapters.io import adapter_tensors, load_adapter_tensors, save_adapter, whole_tensor
-from ossia.data.collate import tokens_of
-from ossia.data.store import CHANNELS
+from ossia.data.collate import Collator, on_device
+from ossia.data.packing import PackedRows
+from ossia.data.passes import Passes, weightless
+from ossia.data.store import CHANNELS, TokenRow, TokenRows
 from ossia.errors import UsageError
 from ossia.model.gpt_oss import LossOutput, OssiaGptOssForCausalLM
 from ossia.model.loss import loss_from_logits
@@ -33,20 +38,30 @@ from ossia.train.sharding import whole
 
 # What only our model takes. Others see packed documents by their position_ids; given bounds too, some of transformers'
 # attentions would read them for keys that have none.
-_OURS = ("labels", "loss_weights", "channels", "cu_seq_lens_q", "max_length_q")
+_OURS = ("labels", "loss_weights", "channels", "cu_seq_lens_q", "max_length_q", "real", "kept", "tokens")
 _TRAINED = "trained_tokens"
+_SPAN = {"cuda": 1024, "cpu": 512}
+"""Tokens laid end to end where memory is not planned and attention makes tables of all pairs. By 1,024 a GPU is busy; a
+CPU gains nothing from more."""
 
 
 class SftTrainer(Trainer):
     """The one training loop.
 
-    A batch is what a collator of `ossia.data.collate` makes: padded rows, or packed ones. The loss of an optimizer
-    step is the weighted sum over all its tokens, on all processes, divided by the sum of their weights: the same
-    whether they come as 1×8 or 8×1. `token_accuracy` counts positions of weight above 0.
+    The loader brings rows as the arguments group them (a device's batch, times the accumulation steps); all rows of a
+    step on a process then go through the model in as few passes as `passes` makes of them, and so do held-out rows.
+    The loss of an optimizer step is the weighted sum over all its tokens, on all processes, divided by the sum of their
+    weights: the same however they are divided into passes. `token_accuracy` counts positions of weight above 0.
 
     A step whose loss or gradient is not sound raises UnsoundStep and does not reach the weights. A checkpoint is whole
     or not there; one that cannot be written (a full disk) is tried again later while training goes on. `facts` are
     noted in each.
+
+    Args:
+        data_collator: its padding is used.
+        passes: default: end to end where the model keeps packed rows apart (`check_packing`), else padded; of as many
+            tokens as a batch of the longest rows, or about a thousand.
+        held_passes: of held-out rows; default: likewise.
     """
 
     loss_is_scaled_for_ga = True
@@ -60,9 +75,13 @@ class SftTrainer(Trainer):
         origin: str | None = None,
         facts: dict[str, Any] | None = None,
         stop: StopCallback | None = None,
+        data_collator: Collator,
+        passes: Passes | None = None,
+        held_passes: Passes | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model=model, **kwargs)
+        # Rows reach the step as they are: only there it is known which go together.
+        super().__init__(model=model, data_collator=list, **kwargs)  # type: ignore[arg-type]
         self.tokenizer = tokenizer
         self.base_model, self.origin = base_model, origin
         self.facts = {"processes": self.args.world_size, **(facts or {})}
@@ -77,7 +96,13 @@ class SftTrainer(Trainer):
         base: Any = _base(model)
         device = self.args.device
         self._guard = Guard(device, self.args.world_size, base.config.vocab_size, late=device.type == "cuda")
-        self._batches: list[dict[str, Any]] = []
+        self._rows: list[TokenRow] = []
+        apart = passes.end_to_end if passes else keeps_apart(model)
+        common = (model, data_collator.pad_id, apart)
+        self._passes = passes or default_passes(*common, self.train_dataset, self.args.per_device_train_batch_size)
+        self._held_passes = held_passes or default_passes(
+            *common, self.eval_dataset, self.args.per_device_eval_batch_size
+        )
         self._step_loss = torch.zeros((), device=device)
         self._evaluation_due = False
         self._rate: float | None = None
@@ -95,14 +120,19 @@ class SftTrainer(Trainer):
         finally:
             gc.unfreeze()
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; keeps the batches of the step, for the one that goes wrong, and its learning rate: with
-        DeepSpeed, Trainer asks for it when the schedule has gone on to the next step."""
-        found = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        """As Trainer's, which counts batches: all passes of the step stand in the place of its last one.
+
+        Keeps the rows, for the step that goes wrong, and the learning rate: with DeepSpeed, Trainer asks for it when the
+        schedule has gone on to the next step.
+        """
+        batches, weight = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._rate = super()._get_learning_rate()
-        self._batches = found[0]
-        self._step_loss = torch.zeros((), device=self.args.device)
-        return found
+        self._step_loss = torch.zeros((), device=device)
+        if not batches:
+            return batches, weight
+        made = self._passes.batches(self._rows, self._least_passes())
+        return [*[[] for _ in batches[1:]], [on_device(batch, device) for batch in made]], weight
 
     def _get_learning_rate(self) -> float:
         """Of the step under way, or done last."""
@@ -147,11 +177,20 @@ class SftTrainer(Trainer):
                 group["lr"] = peak * factor(schedule.last_epoch)
             schedule._last_lr = [group["lr"] for group in groups]
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        total = torch.stack([batch["loss_weights"][:, 1:].sum() for batch in batch_samples]).sum().to(device)
-        if self.args.world_size > 1:
-            total = self.accelerator.gather(total).sum()
-        return total
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        self._rows = _rows_in(batch_samples)
+        weight = float(sum(row.loss_weights[1:].sum(dtype=np.float64) for row in self._rows))
+        if self.args.world_size == 1:
+            return weight
+        total = on_device({"weight": torch.tensor([weight], dtype=torch.float64)}, device)["weight"]
+        return self.accelerator.gather(total).sum().float()
+
+    def _least_passes(self) -> int:
+        """Passes of the process that has most, where parameters are sharded: each pass then takes all processes."""
+        if self.args.world_size == 1 or not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            return 1
+        own = len(self._passes.groups([len(row) for row in self._rows]))
+        return int(self.accelerator.gather(torch.tensor([own], device=self.args.device)).max())
 
     def compute_loss(
         self,
@@ -167,25 +206,40 @@ class SftTrainer(Trainer):
         total = weight.sum() if num_items_in_batch is None else num_items_in_batch
         loss = sums.loss / total * self.args.world_size
         if model.training:
-            self._window.add(sums, weight, inputs["channels"], tokens_of(inputs))
+            self._window.add(sums, weight, inputs["channels"], inputs["tokens"])
         return (loss, sums) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: nothing reads it, and transformers' own walks through every parameter at every step."""
         return 0
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Trainer's; the first of a window starts its clock."""
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """All passes of the step, of which the last one exchanges gradients; the first of a window starts its clock."""
         self._window.start()
-        loss = super().training_step(*args, **kwargs)
+        loss = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(inputs, start=1):
+            with self._collecting(model) if number < len(inputs) else contextlib.nullcontext():
+                loss += super().training_step(model, batch, num_items_in_batch)
         self._step_loss += loss
         return loss
+
+    @contextlib.contextmanager
+    def _collecting(self, model: nn.Module) -> Iterator[None]:
+        """Within, gradients add up in this process."""
+        state = self.accelerator.gradient_state
+        ends = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(model=model):
+                yield
+        finally:
+            state._set_sync_gradients(ends)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As Trainer's, which asks for it right before the update; looks at the step."""
         norm = super()._get_grad_norm(model, grad_norm)
         tensor = whole_tensor(torch.as_tensor(norm, device=self.args.device))
-        self._guard.watch(self.state.global_step + 1, self._batches, self._step_loss, tensor, self.stop.wishes())
+        self._guard.watch(self.state.global_step + 1, self._rows, self._step_loss, tensor, self.stop.wishes())
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         skips = self._guard.late and all(group.get("fused") for group in optimizer.param_groups)
         if skips:
@@ -199,15 +253,25 @@ class SftTrainer(Trainer):
                 raise UnsoundStep(step)
             self.stop.hear(step.wishes)
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The batch's mean loss; its sums are kept for the exact mean over the set."""
-        inputs = self._prepare_inputs(inputs)
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Rows of each pass; every process has its own, none of them twice."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return DataLoader(self._own_passes(rows), batch_size=1, collate_fn=_only)
+
+    def _own_passes(self, rows: Any) -> _HeldPasses:
+        groups, args = self._held_passes.groups(_lengths(rows)), self.args
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            # Where parameters are sharded a pass takes all processes.
+            groups += [[] for _ in range(-len(groups) % args.world_size)]
+        return _HeldPasses(rows, groups[args.process_index :: args.world_size])
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Adds a pass to the sums of the set; gives nothing of its own, so that processes need not wait for another."""
+        batch = self._prepare_inputs(on_device(self._held_passes.batch(inputs), self.args.device))
         with torch.no_grad(), self.compute_loss_context_manager():
-            sums = sums_of(model, inputs)
-        assert sums.loss is not None
-        weight = inputs["loss_weights"][:, 1:]
-        self._eval.add(sums, weight, inputs["channels"])
-        return (sums.loss / weight.sum().clamp_min(1e-9)).detach(), None, None
+            sums = sums_of(model, batch)
+        self._eval.add(sums, batch["loss_weights"][:, 1:], batch["channels"])
+        return None, None, None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's; neither it nor what callbacks do then counts as training, which draws the same numbers after it
@@ -236,7 +300,7 @@ class SftTrainer(Trainer):
             self.control.should_evaluate = False
             self.stop.end(self.control)
             return {}
-        if not self._batches and self.state.global_step:
+        if not self._rows and self.state.global_step:
             # What the run that this one goes on from has left.
             self._determine_best_metric(metrics, None)
         return metrics
@@ -368,17 +432,29 @@ class UnsoundStep(Exception):
 def sums_of(model: nn.Module, inputs: dict[str, Any], label_smoothing: float = 0.0) -> LossOutput:
     """Summed loss and right guesses of a batch, from our model's fused loss or any other's logits."""
     if isinstance(_base(model), OssiaGptOssForCausalLM):
-        known = {name: value for name, value in inputs.items() if name != "channels"}
+        known = {name: value for name, value in inputs.items() if name not in ("channels", "tokens")}
         return model(**known, label_smoothing=label_smoothing)
     rest = {name: value for name, value in inputs.items() if name not in _OURS}
     logits = model(**rest, use_cache=False).logits
-    return loss_from_logits(logits, inputs["labels"], inputs["loss_weights"], label_smoothing)
+    return loss_from_logits(logits, inputs["labels"], inputs["loss_weights"], label_smoothing, inputs.get("kept"))
 
 
 def check_packing(model: nn.Module) -> None:
     """Raise UsageError where the model lets packed rows see each other, as some of transformers' do."""
-    if isinstance(_base(model), OssiaGptOssForCausalLM):
-        return
+    if not keeps_apart(model):
+        raise UsageError(
+            f"--packing true: {type(_base(model)).__name__} of transformers lets packed rows see each other; "
+            "train this model without --packing"
+        )
+
+
+def keeps_apart(model: nn.Module) -> bool:
+    """Whether rows laid end to end see nothing of each other: tried on two short ones, but for our own model."""
+    base = _base(model)
+    if isinstance(base, OssiaGptOssForCausalLM):
+        return True
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return False
     ids = torch.arange(3, 11, device=next(model.parameters()).device)[None]
     positions = torch.arange(4, device=ids.device).repeat(2)[None]
     was_training = model.training
@@ -387,11 +463,61 @@ def check_packing(model: nn.Module) -> None:
         packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:].float()
         alone = model(input_ids=ids[:, 4:], use_cache=False).logits.float()
     model.train(was_training)
-    if (packed - alone).norm() > 0.02 * alone.norm():
-        raise UsageError(
-            f"--packing true: {type(_base(model)).__name__} of transformers lets packed rows see each other; "
-            "train this model without --packing"
-        )
+    return bool((packed - alone).norm() <= 0.02 * alone.norm())
+
+
+def default_passes(model: nn.Module, pad_id: int, apart: bool, rows: Any, size: int) -> Passes:
+    """Passes of a run whose memory is not planned: no more tokens than `size` of the longest rows have, or `_SPAN`.
+
+    Args:
+        model: that trains.
+        pad_id: token that fills.
+        apart: whether the model keeps packed rows apart.
+        rows: to train on, or held out; None: there are none.
+        size: rows of a batch.
+    """
+    longest = int(max(_lengths(rows), default=1)) if rows is not None else 1
+    device = next(model.parameters()).device.type
+    # Sequences that were packed before may be whole again.
+    span = max(_SPAN.get(device, 512), rows.capacity if isinstance(rows, PackedRows) else 0)
+    return Passes(pad_id, max(size * longest, span), apart, span)
+
+
+def _lengths(rows: Any) -> list[int]:
+    """Tokens of each item of a set."""
+    if isinstance(rows, TokenRows):
+        lengths: list[int] = rows.lengths.tolist()
+        return lengths
+    if isinstance(rows, PackedRows):
+        return [rows.capacity] * len(rows)
+    return [len(row) for row in rows]
+
+
+def _rows_in(batches: Sequence[Any]) -> list[TokenRow]:
+    """Rows of the loader's batches, of which packed sequences may be items."""
+    items = [item for batch in batches for item in batch]
+    return [row for item in items for row in ([item] if isinstance(item, TokenRow) else item)]
+
+
+class _HeldPasses(Dataset[list[TokenRow]]):
+    """Held-out rows by passes; one without rows has the shortest row, without its loss."""
+
+    def __init__(self, rows: Any, groups: list[list[int]]) -> None:
+        self.rows, self.groups = rows, groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> list[TokenRow]:
+        group = self.groups[index]
+        if group:
+            return _rows_in([[self.rows[row] for row in group]])
+        lengths = _lengths(self.rows)
+        return [weightless(self.rows[lengths.index(min(lengths))])]
+
+
+def _only(batch: list[Any]) -> Any:
+    return batch[0]
 
 
 def _base(model: nn.Module) -> nn.Module:

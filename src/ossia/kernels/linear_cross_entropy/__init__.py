@@ -9,8 +9,8 @@ likely ones the first alone counts. With `logits = hidden[t] @ weight.T`, `lse =
 
 Logits exist for `chunk` positions at a time, rounded to hidden's dtype; all that follows is float32 up to the logits'
 gradient, which is rounded to that dtype again. `losses_T` is filled with the terms of the first sum where given.
-Positions of weight 0 are never multiplied at all. The head is frozen;
-the gradient of `hidden` is made with the loss, so that backward only scales it.
+Positions of weight 0 are never multiplied at all; `kept_N` are the others, for callers whose host knows them. The head
+is frozen; the gradient of `hidden` is made with the loss, so that backward only scales it.
 
 `triton` serves bfloat16 on a GPU: one kernel a chunk that leaves the gradient where the logits were. `reference` makes
 float32 copies of a chunk's logits.
@@ -35,11 +35,12 @@ def linear_cross_entropy(
     chunk: int = 1024,
     label_smoothing: float = 0.0,
     losses_T: Tensor | None = None,
+    kept_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and right guesses, by the fastest implementation for the device; see `reference.linear_cross_entropy`."""
     inputs = (hidden_TH, weight_VH, labels_T, weights_T, chunk, label_smoothing)
     if hidden_TH.is_cuda and hidden_TH.dtype == torch.bfloat16 and HAS_TRITON:
         from ossia.kernels.linear_cross_entropy import triton
 
-        return triton.linear_cross_entropy(*inputs, losses_T=losses_T)
-    return reference.linear_cross_entropy(*inputs, losses_T=losses_T)
+        return triton.linear_cross_entropy(*inputs, losses_T=losses_T, kept_N=kept_N)
+    return reference.linear_cross_entropy(*inputs, losses_T=losses_T, kept_N=kept_N)

@@ -49,6 +49,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     step: Step = step,
     losses_T: Tensor | None = None,
+    kept_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of losses (float32, differentiable in `hidden_TH`) and count of right guesses (float32).
 
@@ -61,8 +62,10 @@ def linear_cross_entropy(
         label_smoothing: share of the loss that is the mean over all tokens, in [0, 1].
         step: what is made of a chunk's logits.
         losses_T: float32, filled with each position's weighted loss where it is above weight 0.
+        kept_N: int64, the positions of weight above 0; None: looked for, for which the host waits for the device.
     """
-    kept_N = weights_T.nonzero()[:, 0]
+    if kept_N is None:
+        kept_N = weights_T.nonzero()[:, 0]
     trained = (kept_N, labels_T[kept_N], weights_T[kept_N].float())
     # Asked here: inside, autograd tells of `requires_grad` but not of `no_grad`.
     gradient = torch.is_grad_enabled() and hidden_TH.requires_grad

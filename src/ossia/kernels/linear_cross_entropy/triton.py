@@ -112,7 +112,8 @@ def linear_cross_entropy(
     chunk: int = 1024,
     label_smoothing: float = 0.0,
     losses_T: Tensor | None = None,
+    kept_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.linear_cross_entropy`, which it is but for the step."""
     inputs = (hidden_TH, weight_VH, labels_T, weights_T, chunk, label_smoothing)
-    return reference.linear_cross_entropy(*inputs, step=step, losses_T=losses_T)
+    return reference.linear_cross_entropy(*inputs, step=step, losses_T=losses_T, kept_N=kept_N)

@@ -1,0 +1,188 @@
+"""How long a pass takes on a GPU, and how large passes should be. Rough, for choosing: `ossia plan` goes by rates that
+were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any
+
+from ossia.config import SftConfig
+from ossia.data.packing import bucket, pack
+from ossia.errors import OssiaError
+from ossia.train.gpus import Gpu
+from ossia.train.gpus import named as gpu_named
+from ossia.train.plan import Plan, Sizes, make_plan
+from ossia.train.rate import flops_again, flops_per_token
+
+HOST_LAYER, HOST_AGAIN = 5.6e-3, 2.2e-3
+"""Seconds that the host needs to launch a layer's kernels in both directions, and once more where it is computed again:
+however few the tokens, a pass takes no less."""
+_SHARE = 0.45
+"""Of a GPU's bfloat16 peak that passes reach, about."""
+_BUS = 25e9
+"""Bytes a second from host memory: a PCIe 4.0 slot. No measurement tells this apart."""
+_SLOW = 2
+"""Times as long as its work says takes a plan of few experts at a time, or of experts in host memory."""
+_DRAWN = 16
+_GROWTH = 1.25
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What the optimizer steps of a process are made of.
+
+    Args:
+        drawn: tokens of each row of some steps.
+        longest: tokens of the longest row there is.
+        most: tokens of the fullest step that could come.
+        held_longest: tokens of the longest held-out row; 0: there is none.
+        held: tokens of all held-out rows.
+    """
+
+    drawn: tuple[tuple[int, ...], ...]
+    longest: int
+    most: int
+    held_longest: int = 0
+    held: int = 0
+
+    @classmethod
+    def of(cls, lengths: Any, rows: int, held: Any = None, seed: int = 0) -> Steps:
+        """Of steps of so many rows out of `lengths`, and of held-out rows of lengths `held`."""
+        import numpy as np
+
+        known = np.asarray(lengths, np.int64)
+        draw = np.random.default_rng(seed)
+        size = min(rows, len(known))
+        drawn = (draw.choice(known, size, replace=False) for _ in range(_DRAWN if len(known) > size else 1))
+        most = int(np.partition(known, len(known) - size)[len(known) - size :].sum()) * rows // size
+        beside = np.asarray([] if held is None else held, np.int64)
+        found = tuple(tuple(int(length) for length in step) for step in drawn)
+        return cls(found, int(known.max()), most, int(beside.max(initial=0)), int(beside.sum()))
+
+    @classmethod
+    def of_run(cls, config: SftConfig, lengths: Any, held: Any = None) -> Steps:
+        """Of a run on rows of these lengths; packed, on sequences that are full."""
+        size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        if config.packing:
+            capacity = config.packing_length or config.max_length
+            lengths = [capacity] * -(-int(sum(lengths)) // capacity)
+        return cls.of(lengths, size, held, config.seed)
+
+    @classmethod
+    def alike(cls, length: int, rows: int) -> Steps:
+        """Of steps of so many rows, all of one length."""
+        return cls(((length,) * rows,), length, length * rows)
+
+    @cached_property
+    def tokens(self) -> float:
+        """Of a step, on average."""
+        return sum(map(sum, self.drawn)) / len(self.drawn)
+
+    @cached_property
+    def length(self) -> float:
+        """Tokens of a row as a token sees it, on average."""
+        rows = [length for step in self.drawn for length in step]
+        return sum(length**2 for length in rows) / sum(rows)
+
+    def passes(self, capacity: int) -> list[list[int]]:
+        """Tokens, padding included, of each pass of the drawn steps, where a pass holds `capacity`."""
+        return _passes(self.drawn, capacity)
+
+
+@cache
+def _passes(drawn: tuple[tuple[int, ...], ...], capacity: int) -> list[list[int]]:
+    found = []
+    for step in drawn:
+        count = len(pack(step, max(capacity, *step)))
+        found.append([bucket(-(-sum(step) // count))] * count)
+    return found
+
+
+def plan_passes(
+    sizes: Sizes, budget: int, steps: Steps, model: dict[str, Any], gpu: Gpu | None, checkpointing: str = "auto"
+) -> Plan:
+    """The plan of the passes that make steps fastest; its `sizes.tokens` is what a pass holds.
+
+    Args:
+        sizes: of the model and the adapters; their tokens are set here.
+        budget: bytes the run may take.
+        steps: what is trained.
+        model: gpt-oss's config.json.
+        gpu: where; None: nobody knows, taken for an H100.
+        checkpointing: as in `make_plan`.
+
+    Raises:
+        OssiaError: not even a pass of one row fits.
+    """
+    best: tuple[float, Plan] | None = None
+    # Larger passes win where times are alike: some step not drawn may be fuller.
+    for tokens in _capacities(steps):
+        try:
+            plan = make_plan(sized(sizes, steps, tokens), budget, checkpointing)
+        except OssiaError:
+            if best is None:
+                raise
+            break
+        time = step_seconds(plan, steps, model, gpu or gpu_named("H100"))
+        if best is None or time < 1.01 * best[0]:
+            best = time, plan
+    assert best is not None, "there is a row"
+    return best[1]
+
+
+def sized(sizes: Sizes, steps: Steps, tokens: int) -> Sizes:
+    """Sizes with passes of so many tokens, for training and for held-out rows."""
+    held = max(steps.held_longest, min(tokens, steps.held))
+    return replace(sizes, tokens=tokens, eval_tokens=held, accumulates=tokens < steps.most)
+
+
+def _capacities(steps: Steps) -> list[int]:
+    """Tokens of a pass that are tried: from the longest row on to the fullest step."""
+    found, tokens = {steps.longest, steps.most}, float(steps.longest)
+    while tokens < steps.most:
+        found.add(int(tokens))
+        tokens *= _GROWTH
+    # What holds a whole number of the longest rows wastes nothing where all are of one length.
+    found |= {tokens // steps.longest * steps.longest for tokens in found}
+    return sorted(found)
+
+
+def step_seconds(plan: Plan, steps: Steps, model: dict[str, Any], gpu: Gpu) -> float:
+    """Of an optimizer step, on average."""
+    each, least = steps.passes(plan.sizes.tokens), host_seconds(plan)
+    token, fixed = work(plan, model, steps.length) / (_SHARE * gpu.flops), moving(plan, gpu)
+    seconds = sum(max(least, tokens * token + fixed) for step in each for tokens in step) / len(each)
+    return _SLOW * seconds if plan.slow else seconds
+
+
+def host_seconds(plan: Plan) -> float:
+    """Of a pass, at least, however few its tokens: what the host needs to launch it."""
+    return HOST_LAYER * plan.sizes.layers + HOST_AGAIN * plan.recompute.count("layer")
+
+
+def work(plan: Plan, model: dict[str, Any], length: float) -> float:
+    """FLOP per token."""
+    return (flops_per_token(model, length) or 0.0) + flops_again(model, length, plan.recompute)
+
+
+def moving(plan: Plan, gpu: Gpu) -> float:
+    """Seconds of a pass that its tokens do not change: experts expanded (read, written, read again), those that stay
+    expanded (read twice), and what is read from host memory."""
+    s = plan.sizes
+    gate_up, down = s.expanded(0)
+    again = {"none": 0, "experts": gate_up, "layer": gate_up + down}
+    written = sum(
+        2 * (gate_up + down) + again[kind] - (gate_up if plan.reuse_expanded and kind != "none" else 0)
+        for kind in plan.recompute[: s.layers - plan.held_layers]
+    )
+    stored = s.expert_weights * written / (gate_up + down)
+    crossing = sum(3 if kind == "layer" else 2 for kind in plan.recompute[: plan.host_layers]) * s.expert_weights
+    held = plan.held_layers * 2 * (gate_up + down)
+    return (2 * written + stored + held) / (gpu.bandwidth * 1e9) + crossing / _BUS
+
+
+def mean_tokens(passes: Sequence[Sequence[int]]) -> float:
+    """Tokens, padding included, of a step's passes together, on average."""
+    return sum(map(sum, passes)) / len(passes)
