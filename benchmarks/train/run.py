@@ -1,12 +1,14 @@
 """Training speed and memory at gpt-oss-20b's size, beside its peers, in one run on one GPU.
 
 python benchmarks/train/run.py --model FOLDER --out FILE.json [--cases NAME …] [--peers tutorial unsloth]
-    [--bench 120b] [--kernels FOLDER]
+    [--bench 120b] [--kernels FOLDER] [--rows FILE.json] [--before COMMIT=SRC]
 
 FOLDER is a checkpoint from checkpoint.py. Ossia's cases go through `ossia sft` on rows of exactly the length, every
 token with loss; peers run their own scripts here (Unsloth wherever this Python finds it). Ossia's rates are medians of
 its own log lines, of five steps each, peers' of single steps; the first step and the one or line after it are left out.
-A case that fails stays in the table with its reason.
+A case that fails stays in the table with its reason. Cases named "tutorial" take the rows of FILE.json (the tutorial's
+alpaca_zh) as they are; their tokens are those of rows, padding not counted. `--before` runs each sft case also with the
+package in SRC, an older commit's.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,6 +41,23 @@ CASES: dict[str, tuple[int, int, int, int, list[str]]] = {
     "1x16384 one document": (1, 16384, 35, 5, ["--memory_budget", "76GB"]),
     "1x16384 packed": (1, 16384, 35, 5, ["--memory_budget", "76GB", "--packing", "true"]),
 }
+# rows of a batch, batches of a step, steps, steps between log lines, flags
+TUTORIAL: dict[str, tuple[int, int, int, int, list[str]]] = {
+    "tutorial 1x16": (1, 16, 60, 10, ["--memory_budget", "76GB"]),
+    "tutorial 1x64": (1, 64, 30, 5, ["--memory_budget", "76GB"]),
+    "tutorial 16x1": (16, 1, 60, 10, ["--memory_budget", "76GB"]),
+    "tutorial 1x16 in 24 GB": (1, 16, 50, 10, ["--memory_budget", "24GB"]),
+    "tutorial 1x16 in 16 GB": (1, 16, 40, 10, ["--memory_budget", "16GB"]),
+    "tutorial evaluation": (1, 16, 3, 1, ["--memory_budget", "76GB", "--eval_steps", "1", "--sample_prompts", "0"]),
+}
+BEFORE = {
+    "tutorial 1x16": (10, 2),
+    "tutorial 1x64": (4, 1),
+    "tutorial 1x16 in 24 GB": (8, 2),
+    "tutorial evaluation": (1, 1),
+}
+"""Steps, and between log lines, of commits that take a pass a row."""
+EVALUATED = 500
 PACKED_ROW = 256  # tokens of a row in the packed case
 PEERS: dict[str, list[tuple[int, int]]] = {
     "tutorial": [(4, 1024), (1, 4096)],
@@ -74,18 +94,58 @@ class HostMemory(threading.Thread):
 def sft(model: str, name: str, folder: Path, env: dict[str, str]) -> dict[str, Any]:
     """One case through the command."""
     batch, length, steps, interval, flags = CASES[name]
-    data, run = folder / f"{length}.jsonl", folder / name.replace(" ", "_")
+    data = folder / f"{length}.jsonl"
     if not data.exists():
         rows(data, batch * length * (steps + 1))
     longest = length
     if "--packing" in flags:
         longest, flags = PACKED_ROW, [*flags, "--packing_length", str(length)]
-    command = [sys.executable, "-m", "ossia", "sft", "--model", model, "--dataset", data, "--max_length", longest,
-               "--per_device_train_batch_size", batch, "--max_steps", steps, "--lora_rank", 8, "--logging_steps",
-               interval, "--save_strategy", "no", "--output_dir", run, "--add_version", "false"]  # fmt: skip
+    words = ["--dataset", data, "--max_length", longest, "--per_device_train_batch_size", batch, "--max_steps", steps,
+             "--logging_steps", interval, *flags]  # fmt: skip
+    result, logged = through_command(model, name, folder, env, words)
+    result |= {"batch": batch, "length": length, "flags": flags}
+    tokens = batch * length
+    seconds = [round(tokens / entry["tokens_per_second"], 4) for entry in logged if "loss" in entry]
+    return result if "failed" in result else {**result, **summary(seconds, tokens)}
+
+
+def tutorial(model: str, name: str, folder: Path, env: dict[str, str], data: Path, before: bool) -> dict[str, Any]:
+    """One of the tutorial's cases: rates of log lines, the first three left out; or of the last evaluation."""
+    batch, times, steps, interval, flags = TUTORIAL[name]
+    if before:
+        steps, interval = BEFORE.get(name, (steps, interval))
+    words = ["--dataset", data, "--max_length", 8192, "--per_device_train_batch_size", batch, "--max_steps", steps,
+             "--gradient_accumulation_steps", times, "--logging_steps", interval, *flags]  # fmt: skip
+    if "evaluation" in name:
+        held = folder / "held.json"
+        held.write_text(json.dumps(json.loads(data.read_text(encoding="utf-8"))[:EVALUATED]), encoding="utf-8")
+        words += ["--val_dataset", held, "--eval_on_start", "true"]
+    result, logged = through_command(model, name, folder, env, words)
+    result |= {"batch": batch, "accumulated": times, "flags": flags}
+    if "failed" in result:
+        return result
+    if "evaluation" in name:
+        seconds = [entry["eval_seconds"] for entry in logged if "eval_seconds" in entry]
+        [held_tokens] = (
+            int(line.split(" tokens,")[0].split(" ")[-1].replace(",", "")) for line in result.pop("data")[1:]
+        )
+        rates = [held_tokens / second for second in seconds[1:]] or [held_tokens / seconds[0]]
+        return {**result, "tokens": held_tokens, **spread(rates), "seconds": seconds}
+    lines = [entry["tokens_per_second"] for entry in logged if "loss" in entry]
+    return {**result, **spread(lines[2:] if before else lines[3:]), "lines": lines}
+
+
+def through_command(
+    model: str, name: str, folder: Path, env: dict[str, str], words: list[Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `ossia sft` said and took, and its log."""
+    run = folder / name.replace(" ", "_")
+    shutil.rmtree(run, ignore_errors=True)
+    command = [sys.executable, "-m", "ossia", "sft", "--model", model, *words, "--lora_rank", 8, "--save_strategy",
+               "no", "--output_dir", run, "--add_version", "false"]  # fmt: skip
     started = time.perf_counter()
     process = subprocess.Popen(
-        [*map(str, command), *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
     )
     host, output = HostMemory(process), []
     host.start()
@@ -95,31 +155,32 @@ def sft(model: str, name: str, folder: Path, env: dict[str, str]) -> dict[str, A
         if line.startswith("plan: ") and not host.before:
             host.mark()  # what comes next is the loading of the model
     process.wait()
-    result: dict[str, Any] = {"program": "ossia sft", "case": name, "batch": batch, "length": length, "flags": flags}
+    result: dict[str, Any] = {"program": "ossia sft", "case": name}
     result |= {"process_seconds": round(time.perf_counter() - started, 1)}
     result |= {"host_before_loading_bytes": host.before, "host_peak_bytes": host.peak}
     result["said"] = [line for line in output if line.startswith(("plan", "kernels", "memory", "loaded"))]
+    result["data"] = [line for line in output if line.startswith(("training data", "held-out data"))]
     if process.returncode:
-        return {**result, "failed": "\n".join(output)[-1500:]}
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps_logged = [entry for line in lines if "loss" in (entry := json.loads(line))]
-    tokens = batch * length
-    seconds = [round(tokens / entry["tokens_per_second"], 4) for entry in steps_logged]
-    peak = int(max(entry["memory_gb"] for entry in steps_logged) * 1e9)
-    return {**result, **summary(seconds, tokens), "peak_bytes": peak}
+        return {**result, "failed": "\n".join(output)[-1500:]}, []
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    result["peak_bytes"] = int(max(entry["memory_gb"] for entry in logged if "loss" in entry) * 1e9)
+    return result, logged
+
+
+def spread(rates: list[float]) -> dict[str, int]:
+    """Median, slowest and fastest."""
+    return {
+        "tokens_per_second": round(statistics.median(rates)),
+        "slowest": round(min(rates)),
+        "fastest": round(max(rates)),
+    }
 
 
 def summary(seconds: list[float], tokens: int) -> dict[str, Any]:
     """Median rate and its spread, from seconds a step, the first two left out."""
     settled = seconds[2:] or seconds[-1:]
-    rates = [tokens / second for second in settled]
-    return {
-        "tokens_per_second": round(statistics.median(rates)),
-        "slowest": round(min(rates)),
-        "fastest": round(max(rates)),
-        "first_step_seconds": seconds[0],
-        "seconds": seconds,
-    }
+    rates = spread([tokens / second for second in settled])
+    return {**rates, "first_step_seconds": seconds[0], "seconds": seconds}
 
 
 def peer(name: str, model: str, batch: int, length: int, folder: Path) -> dict[str, Any]:
@@ -141,6 +202,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kernels", type=Path, help="folder where compiled kernels stay (default: one for this run)")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--rows", type=Path, help="the tutorial's rows, for its cases")
+    parser.add_argument("--before", metavar="COMMIT=SRC", help="an older commit's package, run beside")
     parser.add_argument("--peers", nargs="*", default=[])
     parser.add_argument("--bench", nargs="*", default=[], help="sizes measured by `ossia bench` at 1 × 4,096")
     args = parser.parse_args()
@@ -164,8 +227,15 @@ def main() -> None:
         # The first case compiles every kernel anew; the others find them.
         kernels = args.kernels or folder / "triton"
         env = {**os.environ, "TRITON_CACHE_DIR": str(kernels), "OSSIA_CACHE": str(folder / "cache")}
+        commit, _, source = (args.before or "").partition("=")
         for name in args.cases:
-            keep(sft(args.model, name, folder, env))
+            for older in (True, False) if source else (False,):
+                its = {**env, "PYTHONPATH": source} if older else env
+                if name in TUTORIAL:
+                    result = tutorial(args.model, name, folder, its, args.rows, older)
+                else:
+                    result = sft(args.model, name, folder, its)
+                keep({**result, "program": "before", "commit": commit} if older else result)
         for name in args.peers:
             for batch, length in PEERS[name]:
                 keep(peer(name, args.model, batch, length, folder))

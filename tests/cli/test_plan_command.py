@@ -189,14 +189,16 @@ def test_what_is_faster_fits_and_is_faster(plan):
 def test_batch_and_accumulation_are_one_plan(plan):
     """Of 64 rows a step as many go through the model together as is fastest, however the flags divide them."""
     flags = ("--model", "gpt-oss-20b", "--max_length", 512)
-    for gpu, passes in (("H100", 2), ("RTX 4090", 10)):
+    counts = []
+    for gpu in ("H100", "RTX 4090"):
         found = []
         for size, times in ((1, 64), (64, 1), (4, 16)):
             batch = ("--per_device_train_batch_size", size, "--gradient_accumulation_steps", times)
             found.append(plan(*flags, *batch, "--gpu", gpu)[1]["gpus"][0])
         assert found[0] == found[1] == found[2]
-        assert found[0]["passes_per_step"] == passes
-        assert found[0]["pass_tokens"] >= 64 * 512 / passes
+        counts.append(found[0]["passes_per_step"])
+        assert counts[-1] >= 64 * 512 / found[0]["pass_tokens"]
+    assert 2 <= counts[0] < counts[1] < 16
 
 
 def test_forced_checkpointing_is_named_where_it_costs_time(plan):
@@ -363,7 +365,7 @@ def test_rows_without_a_tokenizer_are_estimated_and_it_is_said(plan, tmp_path):
 
 def test_packing_and_padding_are_counted(plan, tiny_gpt_oss, rows):
     flags = ["--model", tiny_gpt_oss, "--dataset", rows, "--gpu", "H100", "--max_length", 512]
-    _, padded, said = plan(*flags, "--per_device_train_batch_size", 12)
+    _, padded, _ = plan(*flags, "--per_device_train_batch_size", 12)
     assert padded["tokens_per_epoch"] < padded["padded_tokens_per_epoch"] <= 1.03 * padded["tokens_per_epoch"]
     assert padded["longest"] < 512
     _, packed, _ = plan(*flags, "--packing")

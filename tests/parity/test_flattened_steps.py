@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests import tiny
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from ossia.adapters.inject import add_lora
 from ossia.config import SftConfig
-from ossia.data.collate import Collator
+from ossia.data.collate import Collator, on_device
 from ossia.data.passes import Passes
 from ossia.data.store import TokenRow
 from ossia.model import loss as plain_loss
@@ -146,6 +147,51 @@ def test_padding_is_no_experts_load(tiny_gpt_oss):
             trainer.sums_of(model, batch)
         counts.append(load.counts_LEK.clone())
     assert torch.equal(*counts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a CUDA GPU")
+def test_flattened_and_one_by_one_are_one_step_on_the_flash_path(tmp_path):
+    # Of small weights: with larger ones bfloat16 alone moves gradients by a tenth.
+    base = load_model(
+        tiny.gpt_oss(tmp_path / "model", spread=0.1), device="cuda", torch_dtype="bfloat16", attn_impl="flash"
+    )
+    torch.manual_seed(0)
+    adapted = add_lora(base, rank=4, alpha=16, target_modules=["all-linear"], target_experts="all")
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    rng = np.random.default_rng(0)
+    found = [*rows(), *(row(int(length), rng) for length in rng.integers(2, 300, 20))]
+    device = torch.device("cuda")
+    ways = {
+        "one by one": [Collator(0)([each]) for each in found],
+        "in one": Passes(0, 100_000).batches(found),
+        "in several": Passes(0, 900).batches(found),
+    }
+    steps = {}
+    with torch.autocast("cuda", torch.bfloat16):
+        for way, batches in ways.items():
+            steps[way] = step(adapted, [on_device(batch, device) for batch in batches])
+    (loss, _, tokens), exact = steps.pop("one by one")
+    for way, (sums, gradient) in steps.items():
+        assert sums[0] == pytest.approx(loss, rel=2e-3), way
+        assert sums[2] == tokens
+        assert (gradient - exact).norm() < 3e-2 * exact.norm(), way
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="waits are a GPU's")
+def test_a_pass_never_waits_for_the_gpu(tmp_path):
+    base = load_model(tiny.gpt_oss(tmp_path / "model"), device="cuda", torch_dtype="bfloat16", attn_impl="flash")
+    adapted = add_lora(base, rank=4, alpha=16, target_modules=["all-linear"], target_experts="all")
+    device = torch.device("cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        for _ in range(2):
+            [batch] = Passes(0, 10_000).batches(rows())
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                trainer.sums_of(adapted, on_device(batch, device)).loss.backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 # runs

@@ -14,7 +14,7 @@ from ossia.errors import UsageError
 from ossia.track import read_metrics
 from ossia.train.launch import nodes_wanted, processes_wanted
 from ossia.train.run import run
-from ossia.train.sharding import check_sharding
+from ossia.train.sharding import check_sharding, prefer_data_parallel
 
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 COMMON = ("--max_steps", 3, "--logging_steps", 1, "--save_steps", 2, "--learning_rate", 1e-2, "--device", "cpu")
@@ -41,7 +41,7 @@ def flat(pairs):
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_zero_gives_the_losses_of_one_process_and_goes_on(ossia, alone, tiny_gpt_oss, rows, tmp_path, stage):
     words = ("sft", "--model", tiny_gpt_oss, "--dataset", rows, *COMMON, "--per_device_train_batch_size", 2)
-    words += ("--deepspeed", stage, "--output_dir", stage, "--resume", "auto")
+    words += ("--deepspeed", stage, "--deepspeed_force", "true", "--output_dir", stage, "--resume", "auto")
     env = {"NPROC_PER_NODE": "2"}
     out = ossia.ok(*words, env=env)
     assert (out.count("run: "), out.count("step 3/3")) == (1, 1)
@@ -51,6 +51,27 @@ def test_zero_gives_the_losses_of_one_process_and_goes_on(ossia, alone, tiny_gpt
     (run / "checkpoint-3" / "manifest.json").unlink()
     assert "checkpoint-2 is used" in ossia.ok(*words, env=env)
     assert flat(numbers(tmp_path / stage)) == pytest.approx(flat(alone), rel=1e-5)
+
+
+def test_zero_is_left_out_where_it_only_costs_time(ossia, alone, tiny_gpt_oss, rows, tmp_path):
+    """Also where deepspeed is not installed; the processes take unlike numbers of passes."""
+    words = ("sft", "--model", tiny_gpt_oss, "--dataset", rows, *COMMON, "--gradient_accumulation_steps", 2)
+    out = ossia.ok(*words, "--deepspeed", "zero3", "--output_dir", "two", env={"NPROC_PER_NODE": "2"})
+    assert out.count("--deepspeed zero3: left out, frozen weights are not its to shard") == 1
+    assert flat(numbers(tmp_path / "two")) == pytest.approx(flat(alone), rel=1e-5)
+
+
+def test_what_takes_the_place_of_zero():
+    for stage in ("zero2", "zero3"):
+        config = SftConfig(deepspeed=stage)
+        assert "processes train data-parallel" in prefer_data_parallel(config, "gpt_oss")
+        assert config.deepspeed is None
+    for options, model in (({"deepspeed_force": True}, "gpt_oss"), ({}, "llama"), ({"deepspeed": "a.json"}, "gpt_oss")):
+        config = SftConfig(**{"deepspeed": "zero2", **options})
+        assert prefer_data_parallel(config, model) == ""
+        assert config.deepspeed
+    with pytest.raises(UsageError, match="give --deepspeed too"):
+        SftConfig(deepspeed_force=True).validate()
 
 
 def test_two_machines_are_one_run(alone, tiny_gpt_oss, rows, tmp_path):

@@ -33,7 +33,7 @@ def test_flags_of_sft_are_pinned():
         "split_dataset_ratio packing packing_length load_from_cache_file dataset_num_proc train_type lora_rank lora_alpha lora_dropout use_rslora target_modules target_experts "
         "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
         "lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 "
-        "adam_epsilon max_grad_norm label_smoothing_factor optim gradient_checkpointing memory_budget max_time deterministic deepspeed fsdp dataloader_num_workers logging_steps "
+        "adam_epsilon max_grad_norm label_smoothing_factor optim gradient_checkpointing memory_budget max_time deterministic deepspeed deepspeed_force fsdp dataloader_num_workers logging_steps "
         "per_device_eval_batch_size eval_strategy eval_steps early_stopping_patience eval_on_start sample_prompts log_expert_load save_strategy save_steps save_total_limit "
         "resume resume_from_checkpoint output_dir add_version report_to run_name run_tags swanlab_project swanlab_workspace swanlab_exp_name "
         "swanlab_mode use_liger_kernel bf16 fp16 dry_run"

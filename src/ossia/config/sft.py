@@ -94,8 +94,12 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
         False, "the same numbers from the same run, at some cost; operations that cannot are named", group="train"
     )
     deepspeed: str | None = opt(
-        None, "with several processes: DeepSpeed by zero2, zero3, or a JSON file of its options", group="train"
+        None,
+        "with several processes: DeepSpeed by zero2, zero3, or a JSON file of its options; in the place of the first "
+        "two gpt-oss trains data-parallel",
+        group="train",
     )
+    deepspeed_force: bool = opt(False, "keep DeepSpeed where data-parallel would be faster", group="train")
     fsdp: str | None = opt(
         None,
         "with several processes: shard weights by FSDP2; full_shard (gathered again in backward) or shard_grad_op "
@@ -241,6 +245,8 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
     def _validate_sharding(self) -> None:
         if self.deepspeed and self.fsdp:
             raise UsageError("--deepspeed and --fsdp both shard; give one of them")
+        if self.deepspeed_force and not self.deepspeed:
+            raise UsageError("--deepspeed_force keeps DeepSpeed: give --deepspeed too")
         if self.deepspeed and self.deepspeed not in ZERO and not self.deepspeed.endswith(".json"):
             raise UsageError(f"--deepspeed got {self.deepspeed!r}; it takes {', '.join(ZERO)} or a .json file")
         unknown = set((self.fsdp or "").split()) - set(FSDP)

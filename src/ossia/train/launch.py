@@ -13,6 +13,13 @@ from typing import Any
 from ossia.errors import OssiaError, UsageError
 from ossia.threads import allowed_cores
 
+_RUN = "ossia"
+
+
+def launched_here() -> bool:
+    """Whether `launch` started this process, in which case that one has said what concerns all."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") == _RUN
+
 
 def processes_wanted() -> int:
     """How many processes are still to be started here: `NPROC_PER_NODE`; 1 inside one that was started already."""
@@ -44,7 +51,7 @@ def launch(processes: int) -> None:
         rdzv_backend="static" if nodes > 1 else "c10d",
         rdzv_endpoint=f"{address}:{port}",
         rdzv_configs={"rank": _whole_number("NODE_RANK", "0", 0), "timeout": 900} if nodes > 1 else {},
-        run_id="ossia",
+        run_id=_RUN,
         max_restarts=0,
         monitor_interval=0.2,
         signals_to_handle="SIGHUP,SIGQUIT",

@@ -39,12 +39,12 @@ from ossia.train.checkpoint import checkpoints
 from ossia.train.deterministic import before_cuda, deterministic
 from ossia.train.folder import new_run_folder, save_options
 from ossia.train.gpus import of_device
-from ossia.train.launch import launch, nodes_wanted, processes_wanted
+from ossia.train.launch import launch, launched_here, nodes_wanted, processes_wanted
 from ossia.train.pace import Steps, plan_passes
 from ossia.train.plan import PLANNED, Plan, budget_of, sizes_of
 from ossia.train.resume import Start, check_facts, data_facts, find_start, resume_command, take_back
 from ossia.train.schedule import factor_of, optimizer_steps, schedule_lines, warmup_steps
-from ossia.train.sharding import check_sharding, lay_out, sharding_arguments
+from ossia.train.sharding import check_sharding, lay_out, prefer_data_parallel, sharding_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,11 @@ def run(config: SftConfig) -> SftResult | None:
     if Path(str(config.model)).is_dir():
         config.model = str(folder)
     if processes * nodes > 1 or world_size() > 1:
-        check_sharding(config, str(read_json(folder / "config.json").get("model_type")))
+        model_type = str(read_json(folder / "config.json").get("model_type"))
+        note_left_out = prefer_data_parallel(config, model_type)
+        if note_left_out and not launched_here():
+            say(note_left_out)
+        check_sharding(config, model_type)
     if processes * nodes > 1 and not config.dry_run:
         say(f"starting {processes} processes" + (f" on each of {nodes} machines" if nodes > 1 else ""))
         launch(processes)

@@ -10,10 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ossia.config import SftConfig
+from ossia.config.sft import ZERO
 from ossia.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+def prefer_data_parallel(config: SftConfig, model_type: str) -> str:
+    """Leave DeepSpeed out where it only costs time; what to say then, or nothing.
+
+    gpt-oss's frozen weights are no parameters that ZeRO knows: each card holds all of them, and a plan that fits holds
+    the adapters' optimizer too. Four H100 did 3.6 times as many steps data-parallel as with zero3, in the same memory.
+    """
+    if config.deepspeed not in ZERO or config.deepspeed_force or model_type != "gpt_oss":
+        return ""
+    asked, config.deepspeed = config.deepspeed, None
+    return (
+        f"--deepspeed {asked}: left out, frozen weights are not its to shard and everything fits on each card; "
+        "processes train data-parallel, which is faster (--deepspeed_force true keeps DeepSpeed)"
+    )
 
 
 def check_sharding(config: SftConfig, model_type: str) -> None:

@@ -123,8 +123,8 @@ class SftTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         """As Trainer's, which counts batches: all passes of the step stand in the place of its last one.
 
-        Keeps the rows, for the step that goes wrong, and the learning rate: with DeepSpeed, Trainer asks for it when the
-        schedule has gone on to the next step.
+        Keeps the rows, for the step that goes wrong, and the learning rate: with DeepSpeed, Trainer asks for it when
+        the schedule has gone on to the next step.
         """
         batches, weight = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._rate = super()._get_learning_rate()
