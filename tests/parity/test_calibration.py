@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +21,7 @@ from ossia.errors import UsageError
 from ossia.export.calibrate import Calibration
 from ossia.export.merge import merge
 from ossia.export.run import _calibration_texts
+from ossia.infer.reading import readings
 from ossia.kernels.mxfp4.calibrated import Inputs
 from ossia.model.load import load_model
 
@@ -155,3 +158,23 @@ def test_other_rows_make_another_export(base, adapter, tmp_path, stopped):
     out = merge(base, adapter, tmp_path / "out", None, SHARD, calibration(base, adapter, seed=5))
     assert len(written) == len(list(out.glob("*.safetensors")))
     assert load_file(out / written[0])
+
+
+def test_texts_are_read_several_at_a_time_and_see_only_themselves(base, tiny_llama):
+    rng = np.random.default_rng(0)
+    some = [rng.integers(3, 200, int(length)).tolist() for length in rng.integers(2, 300, 12)]
+    for folder in (base, tiny_llama):
+        model = load_model(folder, device="cpu")
+        found = list(readings(model, some, 1000))
+        assert sum(len(reading.places) for reading in found) == len(some) > len(found)
+        assert max(reading.inputs["input_ids"].shape[1] for reading in found) <= 512
+        read = [token for reading in found for token in reading.inputs["input_ids"][0].tolist()]
+        assert read == list(chain(*some))
+        with torch.no_grad():
+            parts = []
+            for reading in found:
+                logits = model(**reading.inputs, use_cache=False).logits[0]
+                parts += [logits[first:end] for first, end in reading.places]
+            for text, part in zip(some, parts, strict=True):
+                alone = model(input_ids=torch.tensor([text]), use_cache=False).logits[0]
+                torch.testing.assert_close(part, alone, rtol=1e-4, atol=1e-4)

@@ -22,11 +22,15 @@ from torch import Tensor
 from ossia.config import InferConfig
 from ossia.console import counted, progress, say
 from ossia.export.tensors import Spec, Writer
+from ossia.infer.reading import readings
 from ossia.infer.run import model_of
 from ossia.kernels.expert_mlp.reference import swiglu
 from ossia.kernels.mxfp4.calibrated import Inputs
 from ossia.model.experts import SWIGLU_ALPHA, SWIGLU_LIMIT, Experts
 from ossia.model.folder import read_json
+
+_TOKENS = 4096
+"""Of a pass over the texts."""
 
 Given = Callable[[int, int], Inputs]
 """Of a first and last expert (exclusive)."""
@@ -87,9 +91,9 @@ class Calibration:
                     file = files.enter_context(Writer(folder / f"{plain}.safetensors", self._specs))
                     module.register_forward_pre_hook(partial(keep, file))
             with progress("calibrating", len(self._texts), "rows") as advance:
-                for text in self._texts:
-                    model(input_ids=torch.tensor([text], device=model.device), use_cache=False, logits_to_keep=1)
-                    advance(1)
+                for reading in readings(model, self._texts, _TOKENS):
+                    model(**reading.inputs, use_cache=False, logits_to_keep=1)
+                    advance(len(reading.places))
         seconds = time.perf_counter() - started
         rows = counted(len(self._texts), "row")
         say(f"calibrated on {self.tokens:,} tokens of {rows}: {seconds:.1f} s with loading the model")

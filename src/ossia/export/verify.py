@@ -31,6 +31,8 @@ _QUESTIONS = (
     "用一句话解释什么是光合作用。",
     "Write a haiku about the sea.",
 )
+_TOKENS = 2048
+"""Of a pass over the rows, all of whose logits exist at a time."""
 _POSITIONS = 512
 """Positions whose whole logits are compared; the likeliest token is at all of them."""
 
@@ -159,6 +161,7 @@ def _read(
     import torch
 
     from ossia.infer.engine import Sampling
+    from ossia.infer.reading import readings
     from ossia.infer.run import load_engine
 
     engine = load_engine(options)
@@ -178,12 +181,14 @@ def _read(
         rows = before.rows
     every = max(1, -(-sum(map(len, rows)) // _POSITIONS))
     logits, tokens = [], []
-    with torch.inference_mode():
-        for row in _shown(rows, "reading", "rows"):
-            ids = torch.tensor([row], device=engine.model.device)
-            out = engine.model(input_ids=ids, use_cache=False).logits[0]
-            tokens.append(out.argmax(-1).cpu())
-            logits.append(out[::every].float().cpu())
+    with torch.inference_mode(), progress("reading", len(rows), "rows") as advance:
+        for reading in readings(engine.model, rows, _TOKENS):
+            found = engine.model(**reading.inputs, use_cache=False).logits[0]
+            for first, end in reading.places:
+                out = found[first:end]
+                tokens.append(out.argmax(-1).cpu())
+                logits.append(out[::every].float().cpu())
+            advance(len(reading.places))
     stops = engine.template.stop_ids
     replies = map(engine.template.parse, answers)
     shown = [" ".join(readable(reply.content, reply.tool_calls).split()) or "(no answer yet)" for reply in replies]
