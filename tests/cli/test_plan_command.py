@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from benchmarks.train import table
 from tests import tiny
@@ -19,6 +20,9 @@ from ossia.config import PlanConfig, SftConfig
 from ossia.config.base import parse_bytes
 from ossia.model.sizes import SIZES
 from ossia.plan import here, rates
+from ossia.plan.base import find_base
+from ossia.plan.job import Job
+from ossia.plan.run import report
 from ossia.train import gpus, pace
 from ossia.train.plan import Parts
 
@@ -26,7 +30,14 @@ CASES = [
     pytest.param(result, file.name, id=f"{file.stem} {result['case']}")
     for file in sorted(table.RESULTS.glob("*.json"))
     for result in json.loads(file.read_text(encoding="utf-8"))["results"]
-    if result["program"].startswith("ossia") and "peak_bytes" in result
+    if result["program"].startswith("ossia") and "peak_bytes" in result and not table.is_tutorial(result)
+]
+TUTORIAL = [
+    pytest.param(result, data["row_tokens"], id=f"{file.stem} {result['case']}")
+    for file in sorted(table.RESULTS.glob("*.json"))
+    if "row_tokens" in (data := json.loads(file.read_text(encoding="utf-8")))
+    for result in data["results"]
+    if result["program"].startswith("ossia") and table.is_tutorial(result)
 ]
 
 
@@ -83,12 +94,27 @@ def test_memory_is_within_a_tenth_of_what_was_measured(plan, result, file):
         assert gpu["host"] == pytest.approx(result["host_peak_bytes"], rel=0.1)
 
 
+@pytest.mark.parametrize(("result", "row_tokens"), TUTORIAL)
+def test_steps_of_short_rows_are_within_a_twentieth_in_memory(result, row_tokens):
+    """And roughly in time: of evaluations nothing is said, and of four cards each waits for the slowest."""
+    flags = [*result["flags"], "--per_device_train_batch_size", str(result["batch"])]
+    flags += ["--gradient_accumulation_steps", str(result["accumulated"]), "--model", "gpt-oss-20b"]
+    config = PlanConfig.from_args(flags, "plan", "")
+    job = Job(config, find_base("gpt-oss-20b"), np.array(row_tokens), processes=result.get("processes", 1))
+    [place] = here.places(["H100"])
+    [gpu] = report(job, [place])["gpus"]
+    assert gpu["peak"] == pytest.approx(result["peak_bytes"], rel=0.05)
+    if "evaluation" not in result["case"] and "processes" not in result:
+        assert gpu["speed"]["tokens_per_second"] == pytest.approx(result["tokens_per_second"], rel=0.2)
+
+
 def test_rates_that_come_with_ossia_are_the_measured_ones():
     assert table.rates() == rates.RATES.read_text(encoding="utf-8"), "python benchmarks/train/table.py --write"
     expected: dict[str, int] = {}
-    for file in (table.NEWEST, table.BEFORE):
+    for file in table.FILES:
         for result in json.loads((table.RESULTS / file).read_text(encoding="utf-8"))["results"]:
-            if result["program"] == "ossia sft" and "failed" not in result and "packed" not in result["case"]:
+            uneven = "packed" in result["case"] or table.is_tutorial(result)
+            if result["program"] == "ossia sft" and "failed" not in result and not uneven:
                 expected.setdefault(result["case"], result["tokens_per_second"])
     assert [case.tokens_per_second for case in rates.measured() if case.size == "20b"] == list(expected.values())
 
@@ -169,7 +195,7 @@ def test_changes_are_the_mildest_of_their_kind(plan):
 
 
 def test_what_is_faster_fits_and_is_faster(plan):
-    command = ["--model", "gpt-oss-20b", "--max_length", 1024, "--gpu", "RTX 4090", "--gradient_accumulation_steps", 8]
+    command = ["--model", "gpt-oss-20b", "--max_length", 4096, "--gpu", "H100", "--gradient_accumulation_steps", 4]
     command += ["--gradient_checkpointing", "true"]
     code, before, said = plan(*command)
     assert code == 0

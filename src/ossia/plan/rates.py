@@ -97,8 +97,8 @@ def rate(
     model: dict[str, Any],
     gpu: Gpu,
     length: float,
-    tokens: float | None = None,
     cases: Sequence[Measured] | None = None,
+    tokens: float | None = None,
 ) -> Rate | None:
     """How fast a plan will be; None for a GPU that isn't known, and for steps whose like was never measured.
 
@@ -107,8 +107,8 @@ def rate(
         model: gpt-oss's config.json.
         gpu: where it trains.
         length: tokens of a row, on average.
-        tokens: of a pass, on average; None: as many as it holds.
         cases: what to go by; None: every case that comes with Ossia.
+        tokens: of a pass, on average; None: as many as it holds.
     """
     known = [case for case in (measured() if cases is None else cases) if case.plan.slow == plan.slow]
     if not known or not gpu.tflops or not plan.sizes.fused:

@@ -163,7 +163,7 @@ def _rate(place: Place, job: Job, plan: Plan) -> Rate | None:
         return None
     passes = job.steps.passes(plan.sizes.tokens)
     tokens = mean_tokens(passes) * len(passes) / sum(map(len, passes))
-    return rate(plan, job.base.config, place.gpu, job.length, tokens)
+    return rate(plan, job.base.config, place.gpu, job.length, tokens=tokens)
 
 
 def _pace(place: Place, job: Job, plan: Plan) -> float | None:
