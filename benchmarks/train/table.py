@@ -19,9 +19,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 RATES = ROOT / "src" / "ossia" / "plan" / "rates.json"
-FILES = ("h100-9.json", "h100-8.json", "h100-7.json")
+FILES = ("h100-9.json", "h100-10.json", "h100-8.json", "h100-7.json")
 NEWEST = FILES[0]
-_MARKS_OF_FILES = ("", "¹", "²")
+_MARKS_OF_FILES = ("", "¹", "²", "³")
 _NAMES = {
     "tutorial": "transformers + PEFT",
     "unsloth": "Unsloth {unsloth}, 16 bit",

@@ -160,6 +160,22 @@ def test_other_rows_make_another_export(base, adapter, tmp_path, stopped):
     assert load_file(out / written[0])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a CUDA GPU")
+def test_texts_are_read_together_on_the_flash_path(tmp_path):
+    folder = tiny.gpt_oss(tmp_path / "model", spread=0.1)
+    model = load_model(folder, device="cuda", torch_dtype="bfloat16", attn_impl="flash")
+    rng = np.random.default_rng(0)
+    some = [rng.integers(3, 200, int(length)).tolist() for length in rng.integers(2, 300, 12)]
+    found = list(readings(model, some, 1000))
+    assert 1 < len(found) < 4
+    with torch.inference_mode():
+        for reading in found:
+            logits = model(**reading.inputs, use_cache=False).logits[0]
+            for first, end in reading.places:
+                alone = model(input_ids=reading.inputs["input_ids"][:, first:end], use_cache=False).logits[0]
+                assert (logits[first:end] - alone).norm() < 0.02 * alone.norm()
+
+
 def test_texts_are_read_several_at_a_time_and_see_only_themselves(base, tiny_llama):
     rng = np.random.default_rng(0)
     some = [rng.integers(3, 200, int(length)).tolist() for length in rng.integers(2, 300, 12)]

@@ -56,9 +56,28 @@ def test_zero_gives_the_losses_of_one_process_and_goes_on(ossia, alone, tiny_gpt
 def test_zero_is_left_out_where_it_only_costs_time(ossia, alone, tiny_gpt_oss, rows, tmp_path):
     """Also where deepspeed is not installed; the processes take unlike numbers of passes."""
     words = ("sft", "--model", tiny_gpt_oss, "--dataset", rows, *COMMON, "--gradient_accumulation_steps", 2)
-    out = ossia.ok(*words, "--deepspeed", "zero3", "--output_dir", "two", env={"NPROC_PER_NODE": "2"})
+    # Held-out rows in five passes, of which one process has three.
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(rows.read_text().splitlines(keepends=True)[:5]))
+    words += ("--val_dataset", held, "--eval_strategy", "epoch", "--eval_on_start", "true", "--deepspeed", "zero3")
+    out = ossia.ok(*words, "--output_dir", "two", env={"NPROC_PER_NODE": "2"})
     assert out.count("--deepspeed zero3: left out, frozen weights are not its to shard") == 1
     assert flat(numbers(tmp_path / "two")) == pytest.approx(flat(alone), rel=1e-5)
+    words = words[: words.index("--gradient_accumulation_steps")]
+    flags = {
+        "max_steps": 1,
+        "eval_on_start": "true",
+        "eval_strategy": "epoch",
+        "val_dataset": held,
+        "output_dir": tmp_path / "held",
+    }
+    run(SftConfig.from_args([*map(str, words[1:]), *(f"--{name}={value}" for name, value in flags.items())], "sft", ""))
+    found = [
+        next(row for row in read_metrics(next((tmp_path / name).iterdir()) / "metrics.jsonl") if "eval_loss" in row)
+        for name in ("two", "held")
+    ]
+    for key in ("eval_loss", "eval_token_accuracy"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=1e-5)
 
 
 def test_what_takes_the_place_of_zero():

@@ -57,8 +57,12 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
 
     num_train_epochs: float = opt(1.0, "passes over the data", group="train")
     max_steps: int = opt(-1, "stop after this many optimizer steps; -1: --num_train_epochs decides", group="train")
-    per_device_train_batch_size: int = opt(1, "rows per device and forward pass", group="train")
-    gradient_accumulation_steps: int = opt(1, "forward passes per optimizer step", group="train")
+    per_device_train_batch_size: int = opt(1, "rows per device and batch", group="train")
+    gradient_accumulation_steps: int = opt(
+        1,
+        "batches per optimizer step; all rows of a step go through the model in as few passes as memory allows",
+        group="train",
+    )
     learning_rate: float = opt(1e-4, "peak learning rate", group="train")
     lr_scheduler_type: str = opt(
         "cosine", "schedule, by transformers' name (cosine_with_min_lr, linear …)", group="train"
@@ -109,7 +113,7 @@ class SftConfig(DataOptions, TemplateOptions, AdapterOptions, ModelOptions, Conf
     dataloader_num_workers: int = opt(0, "processes that assemble batches", group="train")
 
     logging_steps: int = opt(5, "optimizer steps between log lines", group="eval")
-    per_device_eval_batch_size: int = opt(1, "rows per device in evaluation", group="eval")
+    per_device_eval_batch_size: int = opt(1, "rows per device in evaluation, where memory is not planned", group="eval")
     eval_strategy: str | None = opt(
         None,
         "when to evaluate; default: by steps where there is held-out data",

@@ -636,12 +636,10 @@ def _unsound(error: UnsoundStep, trainer: SftTrainer, template: Any, run: Path) 
 
 def _out_of_memory(config: SftConfig, error: Exception, plan: Plan | None) -> str:
     first = " ".join(str(error).split())[:200]
-    fix = [
-        f"--per_device_train_batch_size (now {config.per_device_train_batch_size})",
-        f"--max_length (now {config.max_length})",
-        f"--lora_rank (now {config.lora_rank})",
-    ]
+    fix = [f"--max_length (now {config.max_length})", f"--lora_rank (now {config.lora_rank})"]
     if plan is not None:
         fix.append(f"--memory_budget (planned {plan.peak / 1e9:.1f} GB)")
+    else:
+        fix.insert(0, f"--per_device_train_batch_size (now {config.per_device_train_batch_size})")
     more = "" if config.gradient_checkpointing != "false" else ", or leave --gradient_checkpointing at auto"
     return f"out of memory ({first}). Lower {', '.join(fix)}{more}"
