@@ -225,12 +225,13 @@ class SftTrainer(Trainer):
 
     @contextlib.contextmanager
     def _collecting(self, model: nn.Module) -> Iterator[None]:
-        """Within, gradients add up in this process."""
+        """Within, gradients add up in this process; DeepSpeed, which has its own ways, only does not take its step."""
         state = self.accelerator.gradient_state
         ends = state.sync_gradients
         state._set_sync_gradients(False)
+        apart = contextlib.nullcontext() if self.is_deepspeed_enabled else self.accelerator.no_sync(model=model)
         try:
-            with self.accelerator.no_sync(model=model):
+            with apart:
                 yield
         finally:
             state._set_sync_gradients(ends)
