@@ -228,6 +228,23 @@ def test_backward_runs_once():
         out.sum().backward()
 
 
+@pytest.mark.parametrize("trained", [(0, 1), (2, 3), (3,)])
+def test_some_of_the_adapters_train_alone(trained):
+    """An adapter of one projection is filled up with zeros that do not train."""
+    case = CASES["rank 8"]
+
+    def gradients(trained):
+        sides = [side.clone().requires_grad_(i in trained) for i, side in enumerate(x for p in case.pairs for x in p)]
+        pairs = (Adapter(*sides[:2]), Adapter(*sides[2:]))
+        inputs = (case.hidden.clone().requires_grad_(), case.index, case.weight)
+        fused(*inputs, *case.frozen, ALPHA, LIMIT, *pairs, SCALE).float().square().sum().backward()
+        return [side.grad for side in sides]
+
+    everything = gradients(range(4))
+    for i, (got, want) in enumerate(zip(gradients(trained), everything, strict=True)):
+        assert torch.equal(got, want) if i in trained else got is None
+
+
 def test_nothing_expanded_is_saved():
     case = CASES["rank 8"]
     saved = []

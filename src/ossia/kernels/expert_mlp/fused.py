@@ -152,7 +152,7 @@ class _ExpertMlp(torch.autograd.Function):
         del wide
         d_adapters: list[Tensor | None] = [None] * 4
         trained = None
-        if a1 is not None and ctx.needs_input_grad[3]:
+        if a1 is not None and any(ctx.needs_input_grad[3:7]):
             d_a1, d_b1, d_a2, d_b2 = (torch.empty_like(x, dtype=torch.float32) for x in (a1, b1, a2, b2))
             trained = Outer(thin1, thin_g, d_b1.transpose(1, 2), d_a2)
         thin2, thin_d, d_weight_TK = swiglu_backward_(
