@@ -51,8 +51,10 @@ def untested_libraries() -> list[str]:
 
 
 def cache_name(forward: Callable[..., Any]) -> str:
-    """Under which of `CACHE_NAMES` a model's forward takes a cache, and its output has it: a model's own code may keep
-    the old name; one that names none takes what this transformers passes."""
+    """Name of the cache argument of a model's forward, and of the cache in its output.
+
+    A model's own code may keep the old name; a forward that names neither (`**kwargs`) takes what the installed
+    transformers passes."""
     from transformers.masking_utils import create_causal_mask
 
     both = (inspect.signature(function).parameters for function in (forward, create_causal_mask))

@@ -1,4 +1,4 @@
-"""How many threads there are, and how they wait; decided before torch loads, whose OpenMP reads it once."""
+"""Number of CPU threads and how they wait; set before torch is imported, whose OpenMP reads it once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _cores_to_run_on() -> int:
 
 
 def _quota_v2(cgroups: Path, own: Path) -> float | None:
-    """The least of the group that this process is in and those above it."""
+    """CPU quota in cores (cgroup v2): the least of this process's group and those above it; None without one."""
     path = next((line[3:] for line in _text(own).splitlines() if line.startswith("0::")), "/")
     group, found = cgroups / path.strip("/"), []
     while group != cgroups.parent and cgroups in (group, *group.parents):

@@ -202,3 +202,18 @@ def test_csv_of_pandas_and_of_excel(tmp_path):
         "question": "q, r",
         "answer": "a",
     }
+
+
+def test_blank_lines_at_the_beginning_change_nothing(tmp_path):
+    listed = write(tmp_path / "a.json", b'\n\n[\n {"text": "a"}\n]\n')
+    assert values(listed) == [({"text": "a"}, ":4")]
+    spread = write(tmp_path / "b.jsonl", b'\n{\n "text": "a"\n}\n{\n "text": "b"\n}\n')
+    assert [value for value, _ in values(spread)] == [{"text": "a"}, {"text": "b"}]
+    damaged = values(write(tmp_path / "c.jsonl", b'{"text": \n\n{"text": "b"}\n\n{"text": "c"}\n'))
+    assert [place for _, place in damaged] == [":1", ":3", ":5"]
+
+
+def test_tabs_win_in_a_tsv(tmp_path):
+    found = values(write(tmp_path / "a.tsv", b"a,b\tc\n1,2\t3\n"))
+    assert found == [({"a,b": "1,2", "c": "3"}, ":2")]
+    assert values(write(tmp_path / "a.csv", b"a,b\tc\n1,2\t3\n"))[0][0] == {"a": "1", "b\tc": "2\t3"}

@@ -630,6 +630,39 @@ def test_texts_of_messages_and_instructions_in_their_other_forms():
     assert (made.thinking, made.tool_calls[0].name) == ("hm", "lamp")
 
 
+@pytest.mark.parametrize("label", [False, 0, 0.0, "false", "0.0", True, 1.0])
+@pytest.mark.parametrize("key", ["messages", "conversation", "conversations"])
+def test_labels_as_tables_write_them(label, key):
+    row = {key: [ASK, {"role": "assistant", "content": "a"}], "label": label}
+    found = read(row)
+    assert (found.format, found.conversation.label) == ("kto", str(label).lower() in ("true", "1.0"))
+
+
+def test_labels_of_something_else_beside_a_verdict():
+    row = {"messages": [ASK, {"role": "assistant", "content": "a"}], "label": "math", "kto_tag": True}
+    assert read(row).conversation.label is True
+    assert read({**row, "kto_tag": None}).format == "messages"
+    pair = {"conversation": [{"from": "human", "value": "q"}], "chosen": "a", "rejected": "b"}
+    assert read(pair).format == "preference"
+
+
+def test_nothing_beside_a_call_or_a_harmony_prompt_is_lost():
+    made = answered(content="{}", recipient="functions.lamp", channel="commentary", thinking="T")
+    assert (made.thinking, made.content, made.tool_calls[0].name) == ("T", "", "lamp")
+    prompt = WHOLE[: WHOLE.index("<|channel|>analysis")]
+    with pytest.raises(BadRow, match="history beside it has no place"):
+        read({"prompt": prompt, "completion": HARMONY, "history": [["a", "b"]]})
+    assert read({"prompt": prompt, "completion": HARMONY, "history": []}).unused == []
+    both = {"user": "q", "analysis": "w", "final": "a", "system": "s"}
+    assert said(both)[0] == ("system", "s", None, [], None)
+    assert read(both).unused == []
+
+
+def test_two_columns_cannot_have_one_name():
+    with pytest.raises(UsageError, match="--columns reads two columns as 'query'"):
+        Renderer(load_template, DataOptions(columns={"a": "query", "b": "query"}))
+
+
 HARMONY = "<|channel|>analysis<|message|>7 and 5 make 12.<|end|><|start|>assistant<|channel|>final<|message|>12"
 WHOLE = f"<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n\nReasoning: high\n\n# Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|><|start|>user<|message|>7+5?<|end|><|start|>assistant{HARMONY}<|return|>"  # fmt: skip
 

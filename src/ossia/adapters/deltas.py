@@ -116,8 +116,8 @@ class AdapterDeltas:
                 raise OssiaError(f"{self.folder / WEIGHTS}: has {key}, {why}; {MERGE}")
             if stored.dtype not in _DTYPES or len(stored.shape) != 2:
                 raise OssiaError(
-                    f"{self.folder / WEIGHTS}: {key} is {_name(stored.dtype)} {list(stored.shape)}, not a floating "
-                    "matrix; save the adapter again"
+                    f"{self.folder / WEIGHTS}: {key} is {_name(stored.dtype)} {list(stored.shape)}, not a matrix "
+                    "of floating-point numbers; save the adapter again"
                 )
             sides.setdefault(found["place"], set()).add(key)
         for place, keys in sides.items():

@@ -24,8 +24,10 @@ _CONVERT_THERE = (
 
 
 class Rule(NamedTuple):
-    """`says` what a field does, or why a value is refused that is not among the `allowed`; `instead`: what to do then.
-    Without `allowed` any value is taken."""
+    """Treatment of one field.
+
+    `says`: its effect, or why values outside `allowed` are refused; `instead`: what to do then. Without `allowed` any
+    value is taken."""
 
     says: str
     allowed: tuple[Any, ...] | None = None
@@ -83,13 +85,13 @@ FIELDS = {
         "the adapter is to be active after these tokens alone, which is not computed here", (None,), "run it with PEFT"
     ),
     "arrow_config": Rule("Arrow mixes other adapters token by token", _NONE, "give one of those adapters"),
-    "velora_config": Rule("VeLoRA's backward pass is another", _NONE, MERGE),
+    "velora_config": Rule("VeLoRA needs a backward pass of its own, which is not implemented here", _NONE, MERGE),
     "megatron_config": Rule("Megatron's layers are not these", _NONE, "save it from a model of transformers"),
     "fan_in_fan_out": Rule(
         "no linear layer here has its weight transposed", _OFF, "set it to false in that file if the base has nn.Linear"
     ),
 }
-"""By name."""
+"""Rules by the name of the field."""
 
 _MOVED = "this start moves a part of the base's weights into the adapter, so it belongs to another base"
 STARTS = {

@@ -1,7 +1,7 @@
 """Rows out of files, one reader for each kind of file; each row with its place (`file:line`) for messages to people.
 
-What a file holds is told by its beginning, not by its name alone: a list of rows or rows a line, commas, semicolons or
-tabs, UTF-8 or UTF-16. What is not certain is one error with its cause.
+The layout (a JSON list, JSON lines, the delimiter of CSV) and UTF-16 are detected from the first 64 KiB. A file that
+could be read in two ways is one error that names the cause.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ _ACCENTS = re.compile("[\u00a1-\u00ff]{4}")
 def _read_json(handle: io.BufferedReader, source: str) -> Iterator[Record]:
     """A list of rows, a row a line, or rows one after another over several lines; the beginning tells."""
     head = handle.peek(_HEAD)[:_HEAD].decode("utf-8-sig", errors="replace")
-    first, *more = [line for line in head.splitlines() if not line.isspace()][:3] or [""]
+    first, *more = [line for line in head.splitlines() if line.strip()][:3] or [""]
     # A damaged first line of a file that has a row a line begins no list and no object.
     by_line = bool(more) and all(map(_ends, more))
     if first.lstrip().startswith("[") and not by_line:
@@ -362,16 +362,17 @@ def _read_csv(handle: io.BufferedReader, source: str) -> Iterator[Record]:
 
 
 def _delimiter(handle: io.BufferedReader, source: str) -> str:
-    """What stands between cells: the one by which the first line names several columns, as many as the next lines have.
+    """The delimiter by which the first line names several columns, as many as the next lines have cells.
 
     Raises BadRow where two of them do.
     """
-    text = handle.peek(_HEAD)[:_HEAD].decode("utf-8-sig", errors="ignore")
+    head = handle.peek(_HEAD)[:_HEAD]
+    text = head.decode("utf-8-sig", errors="ignore")
     if told := re.match("sep=(.)\r?\n", text):
         # Excel reads and writes such a line.
         return told[1]
     # The last line may be cut, and a cell that is cut has no closing quote.
-    lines = text.splitlines(keepends=True)[: -1 if len(text) >= _HEAD - 4 else None]
+    lines = text.splitlines(keepends=True)[: -1 if len(head) == _HEAD else None]
     counts: dict[str, list[int]] = {}
     for delimiter in _DELIMITERS:
         with suppress(csv.Error):
@@ -379,9 +380,10 @@ def _delimiter(handle: io.BufferedReader, source: str) -> str:
     several = [delimiter for delimiter, cells in counts.items() if cells and cells[0] > 1]
     if len(several) > 1:
         several = [d for d in several if counts[d].count(counts[d][0]) * 2 > len(counts[d])] or several
-    if len(several) > 1 and "," not in several:
+    if len(several) > 1 and "," not in several and suffix_of(Path(source)) != ".tsv":
         raise BadRow(f"{source}: cells may be divided by {' or '.join(map(repr, several))}; write them with commas")
-    return "," if "," in several or not several else several[0]
+    usual = "\t" if suffix_of(Path(source)) == ".tsv" else ","
+    return usual if usual in several or not several else "," if "," in several else several[0]
 
 
 def _read_parquet(file: Path) -> Iterator[Record]:

@@ -87,6 +87,7 @@ class Counts:
     def add(self, outcome: Outcome) -> None:
         """Count one record."""
         self.rows += 1
+        self.renamed.update(outcome.renamed)
         if outcome.bad:
             self.bad += 1
             self.first_bad = self.first_bad or outcome.bad
@@ -94,7 +95,6 @@ class Counts:
         self.formats[outcome.format] += 1
         self.unused.update(outcome.unused)
         self.notes.update(outcome.notes)
-        self.renamed.update(outcome.renamed)
         self.filled += outcome.filled
         if outcome.untrained:
             self.untrained += 1
@@ -160,7 +160,7 @@ class Counts:
     def missing_columns(self, columns: dict[str, str]) -> str:
         """The columns that `--columns` names and no row has."""
         missing = [name for name in columns if not self.renamed[name]]
-        return f"--columns: no row has {', '.join(map(repr, missing))}" if missing and self.formats else ""
+        return f"--columns: no row has {', '.join(map(repr, missing))}" if missing and self.rows else ""
 
     def lines(self, label: str, options: DataOptions) -> list[str]:
         """What is said to the user."""
@@ -302,15 +302,16 @@ def read_rows(words: list[str], options: RowOptions, seed: int, flag: str = "--d
 def _read(record: Record, options: RowOptions) -> Outcome:
     """A record as a conversation, or as a bad row."""
     row = None
+    renamed: list[str] = []
     try:
         row = decode(record)
+        renamed = [name for name in options.columns if isinstance(row, dict) and name in row]
         found = read_row(row, record.source, options.columns)
     except BadRow as error:
-        return Outcome(record.source, row, bad=str(error))
+        return Outcome(record.source, row, bad=str(error), renamed=renamed)
     except RecursionError as error:
         return spoiled(record.source, error, row)
     filled = _fill(found.conversation, options)
-    renamed = [name for name in options.columns if name in row]
     return Outcome(
         record.source,
         row,

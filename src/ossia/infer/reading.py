@@ -1,4 +1,4 @@
-"""Texts through a model in few passes, for what it makes of their tokens."""
+"""Run several texts per forward pass, packed where the model keeps them apart, for per-token outputs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ossia.model import attention
-from ossia.train.trainer import keeps_apart
+from ossia.model.packed import keeps_apart
 
 _SPAN = 512
-"""Tokens laid end to end where attention makes tables of all pairs."""
+"""Tokens of a pass where attention materialises the full S x S score matrix."""
 
 
 class Reading(NamedTuple):

@@ -271,7 +271,8 @@ def _assistant(
     called |= calls
     made = list(calls.values())
     if body.function_call is not None:
-        made.append(ToolCall(body.function_call.name, body.function_call.arguments))
+        name = body.function_call.name
+        made.append(ToolCall(name, body.function_call.arguments, calls_builtin(name, tools)))
     if len(calls) < len(body.tool_calls or []):
         raise bad(f"{field}: two tool_calls have one id", f"{field}.tool_calls")
     if made:

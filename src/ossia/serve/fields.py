@@ -1,4 +1,4 @@
-"""What becomes of each field of a request: it is taken, it changes no answer, or it is a 400 that names it."""
+"""Request fields: each is taken, is ignored since it changes no answer, or is a 400 that names it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEAVE = "leave it out"
 
 
 class No(NamedTuple):
-    """A field that is not done here: the values with which it asks for nothing, and what to do instead of the rest."""
+    """An unsupported field. `neutral`: values that equal its default and are accepted; `instead`: advice in the 400."""
 
     neutral: tuple[Any, ...] = ()
     instead: str = LEAVE
@@ -63,7 +63,7 @@ class Body(BaseModel):
 
 
 class Other(Body):
-    """Stands in a union for every kind that is not read.
+    """Fallback of a tagged union: refuses every kind that is not read.
 
     `by` is the field that tells kinds apart, `takes` says which are read, `instead` what to write for some others.
     """

@@ -1,4 +1,4 @@
-"""Names of control tokens in messages, kept text where a chat template writes the messages.
+"""Keep names of control tokens in messages text: a chat template would turn them into control tokens.
 
 A tokenizer finds its control tokens in the rendered text, so `<|im_end|>` in a user's message would end the turn. Here
 such a name gets a mark, a character no message has, behind its first letter before the template renders it. The text

@@ -20,14 +20,17 @@ HOST_LAYER, HOST_AGAIN = 6.9e-3, 2.8e-3
 """Seconds that the host needs to launch a layer's kernels in both directions, and once more where it is computed again:
 however few the tokens, a pass takes no less. Beside an H100: 0.151 s of launches in a step of 0.168 to 0.183 s."""
 _SHARE = 0.45
-"""Of a GPU's bfloat16 peak that passes reach, about."""
+"""Assumed model FLOP utilisation: the share of a GPU's bfloat16 peak that passes reach."""
 _BUS = 25e9
 """Bytes a second from host memory: a PCIe 4.0 slot. No measurement tells this apart."""
 _SLOW = 2
-"""Times as long as its work says takes a plan of few experts at a time, or of experts in host memory."""
+"""Slowdown of plans that expand a few experts at a time, or that keep experts in host memory."""
 _DRAWN = 64
+"""Optimizer steps that are drawn to estimate with."""
 _ALIKE = 1.01
+"""Plans within this factor of the fastest are taken for equally fast."""
 _GROWTH = 1.25
+"""Factor from one tried size of a pass to the next."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Steps:
 
     @classmethod
     def of(cls, lengths: Any, rows: int, held: Any = None, seed: int = 0) -> Steps:
-        """Of steps of so many rows out of `lengths`, and of held-out rows of lengths `held`."""
+        """Steps of `rows` rows each, drawn from rows of `lengths` tokens, and held-out rows of `held` tokens."""
         import numpy as np
 
         known = np.asarray(lengths, np.int64)
@@ -64,7 +67,7 @@ class Steps:
 
     @classmethod
     def of_run(cls, config: SftConfig, lengths: Any, held: Any = None) -> Steps:
-        """Of a run on rows of these lengths; packed, on sequences that are full."""
+        """Steps of a run's options on rows of these lengths; with packing, on full sequences."""
         size = config.per_device_train_batch_size * config.gradient_accumulation_steps
         if config.packing:
             capacity = config.packing_length or config.max_length
@@ -73,17 +76,17 @@ class Steps:
 
     @classmethod
     def alike(cls, length: int, rows: int) -> Steps:
-        """Of steps of so many rows, all of one length."""
+        """Steps of `rows` rows that all have one length."""
         return cls(((length,) * rows,), length, length * rows)
 
     @cached_property
     def tokens(self) -> float:
-        """Of a step, on average."""
+        """Mean tokens of an optimizer step, without padding."""
         return sum(map(sum, self.drawn)) / len(self.drawn)
 
     @cached_property
     def length(self) -> float:
-        """Tokens of a row as a token sees it, on average."""
+        """Token-weighted mean length of a row: the sum of squares over the sum."""
         rows = [length for step in self.drawn for length in step]
         return sum(length**2 for length in rows) / sum(rows)
 
@@ -150,7 +153,7 @@ def _capacities(steps: Steps) -> list[int]:
 
 
 def step_seconds(plan: Plan, steps: Steps, model: dict[str, Any], gpu: Gpu) -> float:
-    """Of an optimizer step, on average."""
+    """Estimated seconds of an optimizer step, averaged over the drawn ones."""
     each, least = steps.passes(plan.sizes.tokens), host_seconds(plan)
     token, fixed = work(plan, model, steps.length) / (_SHARE * gpu.flops), moving(plan, gpu)
     seconds = sum(max(least, tokens * token + fixed) for step in each for tokens in step) / len(each)
@@ -158,7 +161,7 @@ def step_seconds(plan: Plan, steps: Steps, model: dict[str, Any], gpu: Gpu) -> f
 
 
 def host_seconds(plan: Plan) -> float:
-    """Of a pass, at least, however few its tokens: what the host needs to launch it."""
+    """Lower bound in seconds of one pass: the time the host needs to launch its kernels."""
     return HOST_LAYER * plan.sizes.layers + HOST_AGAIN * plan.recompute.count("layer")
 
 
@@ -168,8 +171,8 @@ def work(plan: Plan, model: dict[str, Any], length: float) -> float:
 
 
 def moving(plan: Plan, gpu: Gpu) -> float:
-    """Seconds of a pass that its tokens do not change: experts expanded (read, written, read again), those that stay
-    expanded (read twice), and what is read from host memory."""
+    """Seconds of a pass that do not depend on its tokens: memory traffic of experts that are expanded (read, written,
+    read again), of those that stay expanded (read twice), and of what comes from host memory."""
     s = plan.sizes
     gate_up, down = s.expanded(0)
     again = {"none": 0, "experts": gate_up, "layer": gate_up + down}
@@ -184,5 +187,5 @@ def moving(plan: Plan, gpu: Gpu) -> float:
 
 
 def mean_tokens(passes: Sequence[Sequence[int]]) -> float:
-    """Tokens, padding included, of a step's passes together, on average."""
+    """Mean tokens, padding included, of the passes of a step."""
     return sum(map(sum, passes)) / len(passes)

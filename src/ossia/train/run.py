@@ -169,7 +169,8 @@ def _passes(
     config: SftConfig, model: Any, pad_id: int, rows: TokenRows | PackedRows, held: TokenRows | None, plan: Plan | None
 ) -> tuple[Passes, Passes]:
     """How rows become passes, to train on and held out: as planned; else about as large as the batches asked for."""
-    from ossia.train.trainer import default_passes, keeps_apart
+    from ossia.model.packed import keeps_apart
+    from ossia.train.trainer import default_passes
 
     if plan is not None:
         return Passes(pad_id, plan.sizes.tokens), Passes(pad_id, plan.sizes.eval_tokens or 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import inspect
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from ossia.data.store import CHANNELS, TokenRow, TokenRows
 from ossia.errors import UsageError
 from ossia.model.gpt_oss import LossOutput, OssiaGptOssForCausalLM
 from ossia.model.loss import loss_from_logits
+from ossia.model.packed import inner_model, keeps_apart
 from ossia.train.callbacks import EvaluationStopped, StopCallback
 from ossia.train.checkpoint import PREFIX, part_of, put_in_place, rotate, seal
 from ossia.train.guard import Guard, Step
@@ -93,7 +93,7 @@ class SftTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._window = _Window()
         self._eval = _Sums()
-        base: Any = _base(model)
+        base: Any = inner_model(model)
         device = self.args.device
         self._guard = Guard(device, self.args.world_size, base.config.vocab_size, late=device.type == "cuda")
         self._rows: list[TokenRow] = []
@@ -135,7 +135,7 @@ class SftTrainer(Trainer):
         return [*[[] for _ in batches[1:]], [on_device(batch, device) for batch in made]], weight
 
     def _get_learning_rate(self) -> float:
-        """Of the step under way, or done last."""
+        """Learning rate of the current step, or between steps of the last one."""
         return super()._get_learning_rate() if self._rate is None else self._rate
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -432,7 +432,7 @@ class UnsoundStep(Exception):
 
 def sums_of(model: nn.Module, inputs: dict[str, Any], label_smoothing: float = 0.0) -> LossOutput:
     """Summed loss and right guesses of a batch, from our model's fused loss or any other's logits."""
-    if isinstance(_base(model), OssiaGptOssForCausalLM):
+    if isinstance(inner_model(model), OssiaGptOssForCausalLM):
         known = {name: value for name, value in inputs.items() if name not in ("channels", "tokens")}
         return model(**known, label_smoothing=label_smoothing)
     rest = {name: value for name, value in inputs.items() if name not in _OURS}
@@ -444,27 +444,9 @@ def check_packing(model: nn.Module) -> None:
     """Raise UsageError where the model lets packed rows see each other, as some of transformers' do."""
     if not keeps_apart(model):
         raise UsageError(
-            f"--packing true: {type(_base(model)).__name__} of transformers lets packed rows see each other; "
+            f"--packing true: {type(inner_model(model)).__name__} of transformers lets packed rows see each other; "
             "train this model without --packing"
         )
-
-
-def keeps_apart(model: nn.Module) -> bool:
-    """Whether rows laid end to end see nothing of each other: tried on two short ones, but for our own model."""
-    base = _base(model)
-    if isinstance(base, OssiaGptOssForCausalLM):
-        return True
-    if "position_ids" not in inspect.signature(base.forward).parameters:
-        return False
-    ids = torch.arange(3, 11, device=next(model.parameters()).device)[None]
-    positions = torch.arange(4, device=ids.device).repeat(2)[None]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:].float()
-        alone = model(input_ids=ids[:, 4:], use_cache=False).logits.float()
-    model.train(was_training)
-    return bool((packed - alone).norm() <= 0.02 * alone.norm())
 
 
 def default_passes(model: nn.Module, pad_id: int, apart: bool, rows: Any, size: int) -> Passes:
@@ -519,12 +501,6 @@ class _HeldPasses(Dataset[list[TokenRow]]):
 
 def _only(batch: list[Any]) -> Any:
     return batch[0]
-
-
-def _base(model: nn.Module) -> nn.Module:
-    """The model inside a distributed wrapper and PEFT's."""
-    inner = getattr(model, "module", model)
-    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
 class _Sums:

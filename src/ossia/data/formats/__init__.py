@@ -98,7 +98,7 @@ def read_row(value: Any, source: str, columns: dict[str, str] | None = None) -> 
             known = _KEYS[form.name]
             place.check_keys(row, known | names.HARMLESS)
             return Read(form.name, conversation, list(notes.unused), notes.seen)
-    hint = next((found for key in present if key not in _NEEDED and (found := nearest(key, _NEEDED, 0.8))), "")
+    hint = next((found for key in row if key not in _NEEDED and (found := nearest(key, _NEEDED, 0.8))), "")
     if nulls := [key for key in row if key in _NEEDED and key not in present]:
         raise BadRow(f"{source}: {nulls[0]} is null; a row needs {_WANTED}")
     keys = ", ".join(map(repr, row))
@@ -119,6 +119,9 @@ def read_row(value: Any, source: str, columns: dict[str, str] | None = None) -> 
 
 def check_columns(columns: dict[str, str]) -> None:
     """UsageError where `--columns` gives a column a name that no format knows."""
+    given = [new for new in columns.values() if new != UNUSED]
+    if twice := [new for new in given if given.count(new) > 1]:
+        raise UsageError(f"--columns reads two columns as {twice[0]!r}; leave one out")
     for old, new in columns.items():
         if new not in _ROW_KEYS and new != UNUSED:
             raise UsageError(

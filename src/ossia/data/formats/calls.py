@@ -102,7 +102,7 @@ def read_calls(value: Any, place: Place) -> tuple[Called, ...]:
 
 
 def _texts_of_calls(text: str, place: Place) -> Any:
-    """JSON of a call or of a list of calls; several objects may stand in lines of their own."""
+    """JSON of a call or of a list of calls, or JSON lines of calls."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -144,7 +144,7 @@ def _call(value: Any, place: Place) -> Called:
 
 
 def settle(conversation: Conversation, notes: Notes) -> None:
-    """Tell calls of built-in tools from those of functions, and note what is odd about them."""
+    """Mark calls of built-in tools, bring arguments into one form, and note what is wrong with calls."""
     turns = [*conversation.messages, *(conversation.rejected or ())]
     declared = {tool["function"]["name"] for tool in conversation.tools if not is_builtin(tool)}
     if any(message.role == "assistant" and _is_call(message.content, declared) for message in turns):

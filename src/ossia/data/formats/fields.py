@@ -26,7 +26,7 @@ def only(row: Mapping[str, Any], keys: Iterable[str], place: Place) -> str | Non
     found = [key for key in keys if row.get(key) is not None]
     if len(found) < 2:
         return found[0] if found else None
-    said = [key for key in found if not _blank(row[key])] or found[:1]
+    said = [key for key in found if not blank(row[key])] or found[:1]
     values = [row[key].strip() if isinstance(row[key], str) else row[key] for key in said]
     for key, value in zip(said[1:], values[1:], strict=True):
         if value != values[0]:
@@ -124,10 +124,11 @@ def _speaker(entry: dict[str, Any]) -> Any:
     return entry.get("role", entry.get("from", entry.get("type")))
 
 
-def _blank(value: Any) -> bool:
-    return not value.strip() if isinstance(value, str) else value in ([], {})
+def blank(value: Any) -> bool:
+    """Whether a value says nothing: null, an empty or white text, an empty list or object."""
+    return not value.strip() if isinstance(value, str) else value in (None, [], {})
 
 
 def shown(value: Any) -> str:
-    """What to call a value of a wrong type."""
+    """Name of a value's type for error messages; NaN for NaN."""
     return "NaN" if isinstance(value, float) and value != value else type(value).__name__

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from ossia.data.formats import query
-from ossia.data.formats.fields import has
+from ossia.data.formats import query, sharegpt
 from ossia.data.formats.notes import Place
 from ossia.data.formats.preference import read_prompt
 from ossia.template.messages import Conversation
 
 _LABELS = ("label", "kto_tag")
-NEEDS = (_LABELS, ("messages", "conversations", "instruction", *query.ANSWERS))
+NEEDS = (_LABELS, ("messages", *sharegpt.TURNS, "instruction", *query.ANSWERS))
 ALSO = ("input", "context", "question", *query.QUESTIONS, *query.ALSO)
-_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+_TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+"""pandas and Arrow write booleans with gaps as 1.0 and 0.0."""
 
 
 def accepts(row: dict[str, Any]) -> bool:
     """Whether the label is a yes or no; any other column of that name means something else."""
-    return any(str(row.get(key)).lower() in _TRUTH for key in _LABELS)
+    return _label(row) is not None
 
 
 def read(row: dict[str, Any], place: Place) -> Conversation:
@@ -26,5 +26,9 @@ def read(row: dict[str, Any], place: Place) -> Conversation:
     conversation = read_prompt(row, place)
     if conversation.messages[-1].role != "assistant":
         raise place.bad("a label, but no answer at the end that it judges")
-    conversation.label = next(_TRUTH[str(row[key]).lower()] for key in _LABELS if has(row, key))
+    conversation.label = _label(row)
     return conversation
+
+
+def _label(row: dict[str, Any]) -> bool | None:
+    return next((_TRUTH[word] for key in _LABELS if (word := str(row.get(key)).lower()) in _TRUTH), None)

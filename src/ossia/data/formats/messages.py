@@ -221,7 +221,8 @@ class _Reader:
         channel, recipient = text(entry, "channel", place), text(entry, "recipient", place)
         if recipient and recipient not in ("all", "assistant"):
             body = "".join(part.text for part in parts if part.kind == "text")
-            parts = [_Part("call", calls=(Called(ToolCall(recipient.removeprefix("functions."), body), ""),))]
+            call = Called(ToolCall(recipient.removeprefix("functions."), body), "")
+            parts = [*(part for part in parts if part.kind != "text"), _Part("call", calls=(call,))]
         elif channel == "analysis":
             parts = [part._replace(kind="reasoning") if part.kind == "text" else part for part in parts]
         elif channel not in ("", "commentary", "final"):
@@ -252,13 +253,13 @@ class _Reader:
         self._names |= {called.id: called.call.name for called in calls if called.id}
 
     def _go_on(self, place: Place) -> None:
-        """Someone else speaks: calls that are not answered by now never are."""
+        """Someone else speaks: note calls that are left without a result."""
         if self._pending:
             place.note("unanswered")
             self._pending = []
 
     def _result(self, entry: dict[str, Any], content: str, place: Place, id: str = "") -> None:
-        """Add a tool's result, of the function that it names, whose call it names, or that was called first."""
+        """Add a tool's result, matched by the call's id, then by the function's name, then to the oldest open call."""
         name = text(entry, only(entry, names.RESULT_NAME, place), place).removeprefix("functions.")
         given = first(entry, names.CALL_ID)
         if not id and given is not None:
@@ -289,7 +290,7 @@ class _Reader:
             raise said.bad(f": a call in a message of the {role}; only the assistant calls tools")
         for part in parts:
             if part.kind == "result":
-                self._result(entry, part.text, said, part.id)
+                self._result(entry, part.text, place, part.id)
         texts = [part.text for part in parts if part.kind == "text"]
         if role != "user":
             _note_instructions("".join(texts), place)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ossia.data.formats import messages
+from ossia.data.formats import messages, names
 from ossia.data.formats.fields import has, text
 from ossia.data.formats.notes import Place
 from ossia.template.messages import Conversation, Message
 
 NEEDS = (("user",), ("analysis",), ("final",))
-ALSO = ("reasoning_language", "developer", "messages")
+ALSO = ("reasoning_language", "developer", "messages", *names.SYSTEM)
 
 
 def read(row: dict[str, Any], place: Place) -> Conversation:
@@ -28,6 +28,7 @@ def read(row: dict[str, Any], place: Place) -> Conversation:
     conversation = Conversation([Message("user", question)])
     if system := "\n\n".join(part for part in parts if part.strip()):
         conversation.messages.insert(0, Message("system", system))
+    conversation.messages = messages.with_system(conversation.messages, row, place)
     if answer.strip():
         conversation.messages += messages.answer(answer, text(row, "analysis", place) or None, place.key("final"))
     return conversation

@@ -8,7 +8,7 @@ from ossia.template.messages import BUILTIN_CALLS, Role
 
 
 class Known(NamedTuple):
-    """What one thing is called in rows, and where it is read."""
+    """Accepted names of one thing, and where they are read."""
 
     what: str
     where: str

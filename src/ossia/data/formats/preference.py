@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from ossia.data.formats import alpaca, messages, query, sharegpt
-from ossia.data.formats.fields import has, shown
+from ossia.data.formats.fields import has, only, shown
 from ossia.data.formats.notes import Place
 from ossia.template.messages import Conversation, Message
 
 _WORSE = ("rejected", "rejected_response")
 NEEDS = (_WORSE,)
-ALSO = ("chosen", "messages", "conversations", "instruction", "question", "context", *query.QUESTIONS, *query.ALSO)
+ALSO = ("chosen", "messages", *sharegpt.TURNS, "instruction", "question", "context", *query.QUESTIONS, *query.ALSO)
 
 
 def read(row: dict[str, Any], place: Place) -> Conversation:
@@ -31,7 +31,8 @@ def read(row: dict[str, Any], place: Place) -> Conversation:
         better = [conversation.messages[-1]]
     else:
         better = _answer(row["chosen"], place.key("chosen"))
-        worse = _answer(row["rejected"] if has(row, "rejected") else row["rejected_response"], place.key("rejected"))
+        key = str(only(row, _WORSE, place))
+        worse = _answer(row[key], place.key(key))
         shared = 0
         if better[0].role != "assistant":
             while shared < min(len(better), len(worse)) - 1 and better[shared] == worse[shared]:
@@ -57,7 +58,7 @@ def read_prompt(row: dict[str, Any], place: Place) -> Conversation:
     """The conversation of a row in whichever other format it has."""
     if has(row, "messages"):
         return messages.read(row, place)
-    if has(row, "conversations"):
+    if has(row, *sharegpt.TURNS):
         return sharegpt.read(row, place)
     if has(row, "instruction"):
         return alpaca.read(row, place)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ossia.data.formats import names
-from ossia.data.formats.fields import messages_of, only, parsed, shown, text
+from ossia.data.formats.fields import blank, messages_of, only, parsed, shown, text
 from ossia.data.formats.harmony import read_harmony
 from ossia.data.formats.messages import (
     answer,
@@ -39,6 +39,10 @@ def read(row: dict[str, Any], place: Place) -> Conversation:
         raise place.bad("no question in this row")
     prompt = row[asked]
     if asked == "prompt" and isinstance(prompt, str) and looks_like_harmony(prompt):
+        if beside := [key for key in ALSO if key not in ANSWERS and not blank(row.get(key))]:
+            raise place.bad(
+                f"prompt is a whole conversation in harmony; {beside[0]} beside it has no place, leave it out"
+            )
         return read_harmony(prompt + text(row, answered, place), place.key("prompt"))
     messages = read_history(row, place)
     if (listed := messages_of(prompt)) is not None:
