@@ -1,10 +1,11 @@
-"""What waiting threads cost: decoding and a training step on the demo's base, on cores that are free and on busy ones.
+"""What waiting threads cost: decoding and a training step on the machine as it is, and with busy processes beside them.
+
+The model is a random gpt-oss of the demo base's width, four layers deep.
 
 python -m benchmarks.threads.run [--rounds 5] [--out FILE.json]
 
 OpenMP reads its wait policy when torch loads, so each policy has a process of its own; they take turns, one measuring
-while the others sleep, so that what else the machine does meets all alike. `busy` adds a process that never waits for
-each core.
+while the others sleep, so that what else the machine does meets all alike.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,31 +30,34 @@ POLICIES: dict[str, dict[str, str]] = {
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "short spin": {"GOMP_SPINCOUNT": "2000"},
 }
-TOKENS = 16
+TOKENS = 32
 """Decoded in a measurement."""
-LENGTH = 64
+LENGTH = 128
 """Tokens of the row of a training step."""
 
 
 def measuring() -> None:
-    """In a process of a policy: measure once for each line that comes, print tokens/s as JSON."""
+    """In a process of a policy: measure once for each line that comes; print, as JSON, tokens per second and the
+    milliseconds of cores' time that a token took, which waiting that spins adds to."""
     import torch
+    from tests import tiny
 
     from ossia.adapters.inject import add_lora
-    from ossia.demo.base import ensure_base
     from ossia.infer.engine import Engine, Sampling
     from ossia.model.attention import Attention
     from ossia.model.load import load_model
     from ossia.model.tokenizer import load_tokenizer
     from ossia.template import load_template
 
-    folder = ensure_base()
-    template = load_template(load_tokenizer(folder), "harmony")
-    model = add_lora(load_model(folder, device="cpu"), rank=8)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = tiny.gpt_oss(Path(parent) / "model", hidden=576, intermediate=384, layers=4)
+        base = load_model(folder, device="cpu")
+        template = load_template(load_tokenizer(folder), "harmony")
+    model = add_lora(base, rank=8)
     for module in model.modules():
         if isinstance(module, Attention):
             module.stack()  # which the engine would do in inference mode, and training could not use it then
-    ids = torch.arange(1000, 1000 + LENGTH)[None]
+    ids = torch.arange(LENGTH)[None]
     row = {"input_ids": ids, "labels": ids, "loss_weights": torch.ones(1, LENGTH)}
     engine = Engine(model, template, max_batch_size=1)
     sampling = Sampling(max_new_tokens=TOKENS, ignore_eos=True)
@@ -69,9 +74,10 @@ def measuring() -> None:
     for _ in sys.stdin:
         found = {}
         for name, work, tokens in (("decode", decode, TOKENS), ("train", train, LENGTH)):
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             work()
             found[name] = tokens / (time.perf_counter() - began)
+            found[f"{name}_core_ms"] = 1e3 * (time.process_time() - used) / tokens
         print(json.dumps(found), flush=True)
 
 
@@ -88,7 +94,7 @@ def burners(count: int) -> Iterator[None]:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """tokens/s by load, policy and work: median, least and most of the rounds."""
+    """By load, policy and work: median, least and most of the rounds."""
     free = {key: value for key, value in os.environ.items() if key not in (*WAIT_VARIABLES, "OMP_NUM_THREADS")}
     command = [sys.executable, "-m", "benchmarks.threads.run", "--measuring"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -102,7 +108,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
     threads = {name: line(name)["threads"] for name in workers}
     results: dict[str, Any] = {}
-    for load, count in (("idle", 0), ("busy", allowed_cores())):
+    for load, count in (("as it is", 0), ("a busy process more for each core", allowed_cores())):
         found: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
         with burners(count):
             for at in range(rounds):
@@ -110,6 +116,7 @@ def measure(rounds: int) -> dict[str, Any]:
                     workers[name].stdin.write("\n")
                     workers[name].stdin.flush()
                     found[name].append(line(name))
+        print(f"{load}: done", file=sys.stderr, flush=True)
         results[load] = {
             name: {
                 work: {
@@ -124,7 +131,7 @@ def measure(rounds: int) -> dict[str, Any]:
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
-    return {"threads": threads, "rounds": rounds, "tokens_per_second": results}
+    return {"threads": threads, "rounds": rounds, "results": results}
 
 
 def main() -> None:
