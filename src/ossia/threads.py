@@ -16,9 +16,8 @@ def share_cores() -> None:
 
     Threads that have nothing to do sleep instead of spinning until there is work again: where other programs have the
     cores, what spins keeps the thread that has the work from running. Two threads on two cores at a load of 8 decoded
-    61 tokens/s asleep and 3 with GNU's default, at 12 against 131 ms of cores' time a token; a short spin (GOMP_SPINCOUNT
-    2000) gave 21 (`benchmarks/threads/results/cpu-1.json`). Runs on a GPU leave so little to these threads that it is
-    not told apart.
+    61 tokens/s asleep and 3 with GNU's default, at 12 against 131 ms of cores' time a token; a short spin
+    (GOMP_SPINCOUNT 2000) gave 21 (`benchmarks/threads/results/cpu-1.json`). On a GPU next to nothing is these threads'.
     """
     if not any(name in os.environ for name in WAIT_VARIABLES):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -22,7 +22,7 @@ COMMON = ("--max_steps", 3, "--logging_steps", 1, "--save_steps", 2, "--learning
 
 @pytest.fixture
 def alone(tiny_gpt_oss, rows, tmp_path):
-    """Losses and gradient norms of one process with all rows of a step."""
+    """Losses, gradient norms and learning rates of one process with all rows of a step."""
     flags = {"model": tiny_gpt_oss, "dataset": rows, "output_dir": tmp_path / "alone", "per_device_train_batch_size": 4}
     run(SftConfig.from_args([*map(str, COMMON), *(f"--{name}={value}" for name, value in flags.items())], "sft", ""))
     return numbers(tmp_path / "alone")
@@ -30,11 +30,12 @@ def alone(tiny_gpt_oss, rows, tmp_path):
 
 def numbers(folder):
     (run,) = folder.iterdir()
-    return [(row["loss"], row["grad_norm"]) for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+    names = ("loss", "grad_norm", "learning_rate")
+    return [tuple(row[name] for name in names) for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
 
 
-def flat(pairs):
-    return [number for pair in pairs for number in pair]
+def flat(rows):
+    return [number for row in rows for number in row]
 
 
 @pytest.mark.skipif(not DEEPSPEED, reason="deepspeed is not installed")
