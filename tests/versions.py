@@ -2,7 +2,7 @@
 
     python tests/versions.py [NAME ...]
 
-`make test-versions` does. The environments stay in .venv-versions/ (1 GB each); one is made again when its row or
+`make test-versions` does. The environments stay in .venv-versions/ (1.5 GB each); one is made again when its row or
 constraints.txt has changed.
 """
 
