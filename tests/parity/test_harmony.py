@@ -188,7 +188,7 @@ def sharegpt(row):
             role = {"human": "user", "gpt": "assistant", "observation": "tool", "system": "system"}[kind]
             messages.append(Message(role, value))
     tools = json.loads(row["tools"]) if row.get("tools") else []
-    return Conversation(messages, tools)
+    return Conversation(messages, [{"type": "function", "function": tool} for tool in tools])
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_mixing(folder):
         ("hf::name", "is written hf::org/name"),
         ("hf::org/name:a:b:c", "is written hf::org/name"),
         ("empty.jsonl", "is empty"),
-        ("x.txt", r"\.txt is not read; give \.json, \.jsonl, \.csv or \.parquet"),
+        ("x.txt", r"\.txt is not read; give \.json, \.jsonl, \.csv, \.tsv or \.parquet"),
         ("x.parquet.gz", "is not read"),
         ("bare", "in this folder"),
     ],
