@@ -325,7 +325,7 @@ TENSORS = {
     "half": (lambda t: {k: v for k, v in t.items() if k != FIRST}, "is alone, without its other half"),
     "layers": (lambda t: t | respelled(t, "layers.1", "layers.7"), r"weights it changes are not in .*layers\.7"),
     "transposed": (lambda t: {k: v.T.contiguous() for k, v in t.items()}, "another base model"),
-    "whole numbers": (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, r"is int8 \[4, 64\], not a floating matrix"),
+    "whole numbers": (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, r"is int8 \[4, 64\], not a matrix of floating-point numbers"),
     "none": (lambda t: {}, "no tensors in it"),
 }  # fmt: skip
 
