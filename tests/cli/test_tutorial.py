@@ -53,7 +53,7 @@ def test_sft_infer_export_and_batch(ossia, run, rows, tmp_path, tiny_gpt_oss):
     answers = [json.loads(line) for line in result.read_text(encoding="utf-8").splitlines()]
     assert [row["labels"] for row in answers] == [f"是 {n + 1}." for n in range(12)]
     assert {"response", "labels", "logprobs", "messages", "reasoning", "finish_reason", "prompt_tokens",
-            "completion_tokens"} == set(answers[0])  # fmt: skip
+            "completion_tokens", "tools", "reasoning_effort"} == set(answers[0])  # fmt: skip
     assert answers[0]["messages"][0] == {"role": "user", "content": "0+1?"}
 
 

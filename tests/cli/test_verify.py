@@ -99,11 +99,18 @@ def test_calls_are_told_with_the_answers(tiny_gpt_oss, monkeypatch):
     said = " to=functions.lamp<|channel|>commentary <|constrain|>json<|message|>{}<|call|>"
     asked = []
 
+    class Model:
+        config, device = SimpleNamespace(), torch.device("cpu")
+
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 300))
+
+        __call__ = forward
+
     class Engine:
         def __init__(self, template):
             self.template = template
-            self.model = lambda input_ids, use_cache: SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 300))
-            self.model.device = torch.device("cpu")
+            self.model = Model()
 
         def generate(self, prompts, sampling):
             asked.extend(prompts)

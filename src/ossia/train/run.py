@@ -19,7 +19,6 @@ from ossia.config import SftConfig
 from ossia.config.base import parse_seconds
 from ossia.console import counted, say, tool, world_size
 from ossia.data.packing import PackedRows
-from ossia.data.passes import Passes
 from ossia.data.prepare import prepare, split
 from ossia.data.sources import find_datasets
 from ossia.data.store import TokenRows
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerCallback, TrainingArguments
 
+    from ossia.data.passes import Passes
     from ossia.track import Trackers
     from ossia.train.callbacks import StopCallback
     from ossia.train.trainer import SftTrainer, UnsoundStep
@@ -169,6 +169,7 @@ def _passes(
     config: SftConfig, model: Any, pad_id: int, rows: TokenRows | PackedRows, held: TokenRows | None, plan: Plan | None
 ) -> tuple[Passes, Passes]:
     """How rows become passes, to train on and held out: as planned; else about as large as the batches asked for."""
+    from ossia.data.passes import Passes
     from ossia.model.packed import keeps_apart
     from ossia.train.trainer import default_passes
 
