@@ -1,4 +1,4 @@
-"""What waiting threads cost: decoding and a training step on the machine as it is, and with busy processes beside them.
+"""Measure what waiting threads cost: decoding and training, on the machine as it is and beside busy processes.
 
 The model is a random gpt-oss of the demo base's width, four layers deep.
 

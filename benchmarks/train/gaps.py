@@ -1,4 +1,4 @@
-"""Where a step's time goes beside its kernels: idle gaps of the GPU, and the host's time for a pass.
+"""Measure a step's time beside its kernels: idle gaps of the GPU, and the host's time for a pass.
 
 python benchmarks/train/gaps.py --out FILE.json [--steps N] FLAGS OF ossia sft …
 
@@ -20,7 +20,7 @@ GAP = 50e-6
 
 
 def idle(intervals: list[tuple[float, float]]) -> dict[str, Any]:
-    """Of kernels, as (start, end) in seconds: how long they run, from the first to the last, and the gaps between."""
+    """Busy seconds of kernels given as (start, end), seconds from the first to the last, and the gaps between."""
     busy, gaps, end = 0.0, [], min(start for start, _ in intervals)
     first = end
     for start, stop in sorted(intervals):

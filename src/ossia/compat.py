@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What a forward calls the keys and values of earlier tokens: transformers 5.24 renamed the second to the first. The
+"""Names of a forward's argument for earlier keys and values: transformers 5.24 renamed the second to the first. The
 second goes when the oldest supported transformers has the first."""
 
 UNTESTED_FROM = {"transformers": "5.25", "peft": "0.22", "accelerate": "1.16"}
-"""Of each library that we build on, the first release that the tests have not seen; pyproject.toml stops there too."""
+"""First release of each library that the tests have not seen; pyproject.toml stops there too."""
 
 
 def quiet_libraries() -> None:

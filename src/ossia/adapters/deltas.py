@@ -34,7 +34,7 @@ _FOREIGN = (
     ("modules_to_save", FIELDS["modules_to_save"].says),
     ("", "which is no factor of LoRA"),
 )
-"""What other tensors beside an adapter's mean, by their names."""
+"""Reasons to refuse tensors that are no factors of LoRA, by a pattern of their names; the first match counts."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -71,7 +71,7 @@ class Delta:
 
 
 class Place(NamedTuple):
-    """Where an adapter's tensors for one weight of the base are in its file; `on_experts`: a projection of these."""
+    """Names in the file of an adapter's tensors for one weight of the base; `on_experts`: of experts."""
 
     lora_a: str
     lora_b: str

@@ -1,4 +1,4 @@
-"""What becomes of each field of PEFT's `LoraConfig` in an adapter, whoever wrote it. docs/adapters.md shows this table.
+"""Treatment of each field of PEFT's `LoraConfig` in an adapter, whoever wrote it. docs/adapters.md shows this table.
 
 Whatever is not listed is refused: a newer PEFT may mean anything by it.
 """

@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What `adapter_config.json` says, with PEFT's meanings.
+    """Settings of `adapter_config.json`, with PEFT's meanings.
 
     `target_modules`: endings of linear layers' names or an expression; `target_parameters`: endings of the names of
     experts' projections; `values`: the whole file.

@@ -26,7 +26,7 @@ from ossia.template.messages import EFFORTS, Conversation
 __all__ = ["FORMATS", "NOTES", "UNUSED", "Read", "check_columns", "likely", "read_row"]
 
 UNUSED = "unused"
-"""What `--columns` calls a column that shall not be read."""
+"""Name that `--columns` gives a column that shall not be read."""
 
 
 class Format(NamedTuple):
@@ -147,7 +147,7 @@ def _renamed(row: dict[str, Any], source: str, columns: dict[str, str]) -> dict[
 
 
 def _common(conversation: Conversation, row: dict[str, Any], place: Place) -> None:
-    """What counts in a row of any format: effort, tools, and columns with more than text."""
+    """Read what any format may have: effort, tools, and columns with more than text."""
     effort = row.get("reasoning_effort")
     if effort is not None:
         if effort not in EFFORTS:
